@@ -1,0 +1,109 @@
+"""The notebook's set-up as a module, for the unit tests: its cells are executed, nothing is imported from elsewhere."""
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Before any library is imported: no hub, no window, and no cache shared with the user's own.
+SCRATCH = Path(tempfile.mkdtemp(prefix="hw-diffusion-tests-"))
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(SCRATCH), "MPLBACKEND": "Agg"}
+
+import linecache  # noqa: E402
+import types  # noqa: E402
+
+import nbformat  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# derandomize: the same examples on every machine; no database: no folder left in the repository
+settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=50)
+settings.load_profile("tests")
+
+
+def cells_tagged(*tags):
+    """(id, source) of the notebook's code cells that carry one of the tags, in order."""
+    cells = nbformat.read(ROOT / "hw.diffusion.ipynb", 4).cells
+    chosen = [c for c in cells if c.cell_type == "code" and set(tags) & set(c.metadata.get("tags", []))]
+    return [(c.id, c.source) for c in chosen]
+
+
+def execute(module, cell_id, source):
+    """Run one cell in the module; linecache lets inspect.getsource find it (the set-up hashes its own functions)."""
+    name = f"<cell {cell_id}>"
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    exec(compile(source, name, "exec"), module.__dict__)
+
+
+def set_up(name, last=None, **parameters):
+    """A module that has executed the set-up (up to the cell `last`), parameters injected as papermill does."""
+    module = sys.modules[name] = types.ModuleType(name)
+    for cell_id, source in cells_tagged("parameters"):
+        execute(module, cell_id, source)
+    module.__dict__.update(parameters)
+    for cell_id, source in cells_tagged("setup"):
+        execute(module, cell_id, source)
+        if cell_id == last:
+            break
+    return module
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _in_the_repository():
+    before = Path.cwd()
+    os.chdir(ROOT)
+    yield
+    os.chdir(before)
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def nb(_in_the_repository, tmp_path_factory):
+    """The whole set-up, executed once; monkeypatch.setattr(nb, ...) changes what its functions see."""
+    module = set_up("notebook", PROFILE="smoke", OUTPUT_DIR=str(tmp_path_factory.mktemp("run")))
+    module.DEVICE = torch.device("cpu")  # the unit tests are about the CPU, wherever they run
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on tensors this small a second thread costs more than it brings
+    yield module
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def setup_with(_in_the_repository):
+    """A function: execute parameters, imports and the checking cell with some parameters replaced."""
+    return lambda **parameters: set_up("checked", last="check-parameters", **parameters)
+
+
+@pytest.fixture
+def run(nb, monkeypatch, tmp_path):
+    """A fresh OUTPUT_DIR with nothing begun in it; returns the folder."""
+    for name, value in {"OUTPUT": tmp_path / "run", "RUNS": {}, "STARTED": {}}.items():
+        monkeypatch.setattr(nb, name, value)
+    return nb.OUTPUT
+
+
+@pytest.fixture(scope="session")
+def tiny(nb):
+    """A function: a Checkpoint around a small random network for images of channels x size, shuffled by `patch`."""
+
+    def make(channels=1, size=8, patch=1, name="tiny", **changes):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            unet = nb.UNet2DModel(
+                sample_size=size // patch,
+                in_channels=channels * patch**2,
+                out_channels=channels * patch**2,
+                block_out_channels=(8, 8),
+                layers_per_block=1,
+                norm_num_groups=4,
+                down_block_types=("DownBlock2D", "DownBlock2D"),
+                up_block_types=("UpBlock2D", "UpBlock2D"),
+            )
+        unet = unet.eval().requires_grad_(False)
+        made = nb.Checkpoint(name, "bundled", unet, (channels, size, size), nb.make_alpha_bar(nb.CONFIG), "0" * 64)
+        return nb.replace(made, **changes)
+
+    return make

@@ -1,0 +1,309 @@
+"""Distances with known answers, intervals with a known coverage, features that do not depend on the batch."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.stats
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def normal(n, d, seed, dtype=torch.float64):
+    return torch.randn(n, d, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def mixed(n, d, seed):
+    """Correlated features with unequal scales and a mean: what a covariance must be to tell errors apart."""
+    mixing = normal(d, d, 1000 + seed) / math.sqrt(d) + torch.diag(torch.linspace(0.5, 2, d, dtype=torch.float64))
+    return normal(n, d, seed) @ mixing + normal(1, d, 2000 + seed)
+
+
+def sqrtm_form(mu1, cov1, mu2, cov2):
+    """Heusel et al., eq. 6, word for word."""
+    root = scipy.linalg.sqrtm(cov1.numpy() @ cov2.numpy()).real
+    return float((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace()) - 2 * float(np.trace(root))
+
+
+# ----------------------------------------------------------------------------------------------------- Fréchet
+
+
+@pytest.mark.parametrize("d", [2, 16, 64])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_frechet_is_scipys_sqrtm_form(nb, d, seed):
+    a, b = nb.moments(mixed(20 * d + 50, d, seed)), nb.moments(mixed(20 * d + 50, d, seed + 50))
+    assert nb.frechet_distance(*a, *b) == pytest.approx(sqrtm_form(*a, *b), rel=1e-6)
+
+
+@pytest.mark.parametrize(("n", "d"), [(10, 64), (2, 32), (100, 320), (500, 20)])
+def test_frechet_of_itself_is_zero(nb, n, d):
+    """Also where the covariance has rank n - 1 < d, at which sqrtm of the product fails."""
+    m = nb.moments(mixed(n, d, 3))
+    assert abs(nb.frechet_distance(*m, *m)) <= 1e-4
+
+
+@given(
+    mu=st.lists(st.floats(-3, 3), min_size=3, max_size=3),
+    v1=st.lists(st.floats(0, 4), min_size=3, max_size=3),
+    v2=st.lists(st.floats(0, 4), min_size=3, max_size=3),
+)
+def test_frechet_of_diagonal_gaussians(nb, mu, v1, v2):
+    """|mu|^2 + sum (s1 - s2)^2, also for variances of exactly zero."""
+    v1, v2, mu = (torch.tensor(v, dtype=torch.float64) for v in (v1, v2, mu))
+    expected = float(mu.square().sum() + (v1.sqrt() - v2.sqrt()).square().sum())
+    got = nb.frechet_distance(torch.zeros(3), torch.diag(v1), mu, torch.diag(v2))
+    # a root of an eigenvalue of 1e-16 instead of 0 is 1e-8
+    assert got == pytest.approx(expected, abs=1e-6)
+
+
+def test_frechet_of_a_shift_and_of_a_scale(nb):
+    mu, cov = nb.moments(mixed(400, 8, 0))
+    assert nb.frechet_distance(mu, cov, mu + 2, cov) == pytest.approx(4 * 8, rel=1e-9)
+    # (2 s)^2 against s^2 along every axis leaves the trace
+    assert nb.frechet_distance(mu, 4 * cov, mu, cov) == pytest.approx(float(cov.trace()), rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [5, 300])
+def test_frechet_is_symmetric_and_turns_with_its_axes(nb, n):
+    a, b = nb.moments(mixed(n, 12, 0)), nb.moments(mixed(n, 12, 1))
+    value = nb.frechet_distance(*a, *b)
+    assert value == pytest.approx(nb.frechet_distance(*b, *a), rel=1e-7)
+    turn = torch.linalg.qr(normal(12, 12, 7)).Q
+    turned = [(mu @ turn, turn.T @ cov @ turn) for mu, cov in (a, b)]
+    assert value == pytest.approx(nb.frechet_distance(*turned[0], *turned[1]), rel=1e-7)
+
+
+def test_frechet_computes_in_float64_and_returns_a_float(nb):
+    a, b = (tuple(m.float() for m in nb.moments(mixed(200, 16, s))) for s in (0, 1))
+    got = nb.frechet_distance(*a, *b)
+    assert type(got) is float
+    assert got == pytest.approx(sqrtm_form(*(m.double() for m in (*a, *b))), rel=1e-6)
+
+
+def test_moments_are_numpys(nb):
+    x = mixed(30, 5, 0).float()
+    mean, cov = nb.moments(x)
+    assert mean.dtype == cov.dtype == torch.float64
+    np.testing.assert_allclose(mean.numpy(), x.double().numpy().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(cov.numpy(), np.cov(x.double().numpy(), rowvar=False), rtol=1e-12)
+
+
+def test_moments_of_one_dimension_are_a_matrix_too(nb):
+    a, b = nb.moments(mixed(50, 1, 0)), nb.moments(mixed(50, 1, 1))
+    assert a[0].shape == (1,)
+    assert a[1].shape == (1, 1)
+    assert nb.frechet_distance(*a, *b) == pytest.approx(sqrtm_form(*a, *b), rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_moments_need_two(nb, n):
+    with pytest.raises(ValueError, match=rf"at least N = 2 .*{n}"):
+        nb.moments(torch.zeros(n, 4))
+
+
+@pytest.mark.parametrize(("n1", "n2"), [(1, 8), (8, 1), (0, 8), (8, 0)])
+def test_kernel_distance_needs_two(nb, n1, n2):
+    """Without a second image there is no pair within the set: a sentence, not nan."""
+    with pytest.raises(ValueError, match="at least N = 2"):
+        nb.kernel_distance(normal(n1, 4, 0), normal(n2, 4, 1))
+
+
+# ------------------------------------------------------------------------------------------------------ kernel
+
+
+@pytest.mark.parametrize(("n1", "n2", "d"), [(2, 2, 1), (7, 5, 3), (12, 20, 8)])
+def test_kernel_distance_is_the_double_loop(nb, n1, n2, d):
+    """Binkowski et al., eq. 4, with the kernel (x.y / d + 1)^3."""
+    f1, f2 = mixed(n1, d, 0).numpy(), mixed(n2, d, 1).numpy()
+
+    def k(a, b):
+        return (float(a @ b) / d + 1) ** 3
+
+    within1 = sum(k(f1[i], f1[j]) for i in range(n1) for j in range(n1) if i != j) / (n1 * (n1 - 1))
+    within2 = sum(k(f2[i], f2[j]) for i in range(n2) for j in range(n2) if i != j) / (n2 * (n2 - 1))
+    across = sum(k(a, b) for a in f1 for b in f2) / (n1 * n2)
+    got = nb.kernel_distance(torch.from_numpy(f1), torch.from_numpy(f2))
+    assert type(got) is float
+    assert got == pytest.approx(within1 + within2 - 2 * across, rel=1e-9, abs=1e-9)
+
+
+def test_kernel_distance_is_unbiased(nb):
+    """Equal distributions: the mean over draws is 0 within 4 standard errors, at an N where a biased one is far off."""
+    x = normal(400 * 2 * 10, 6, 0).reshape(400, 2, 10, 6)
+    draws = np.array([nb.kernel_distance(a, b) for a, b in x])
+    assert abs(draws.mean()) < 4 * draws.std() / math.sqrt(len(draws))
+    assert (draws < 0).mean() > 0.2, "an unbiased estimate of zero is negative at times"
+    # the biased one, which keeps the diagonals k(x, x), is far outside the same bound
+    diagonal = ((x.square().mean(-1) + 1) ** 3).mean((1, 2)).numpy()
+    assert 2 * (diagonal.mean() - 1) / 10 > 12 * draws.std() / math.sqrt(len(draws))
+
+
+def test_kernel_distance_sees_a_shift_and_half_precision(nb):
+    a, b = normal(200, 6, 0), normal(200, 6, 1)
+    assert nb.kernel_distance(a, b + 1) > 20 * abs(nb.kernel_distance(a, b))
+    assert nb.kernel_distance(a.half(), b.half()) == pytest.approx(
+        nb.kernel_distance(a.half().double(), b.half().double()), rel=1e-12
+    ), "float64 inside: the bundled held-out features are float16"
+
+
+# --------------------------------------------------------------------------------------------------- jackknife
+
+
+def mean_of(sample):
+    return float(sample.mean())
+
+
+@pytest.mark.parametrize("blocks", [4, 8, 32])
+def test_jackknife_of_a_mean_is_the_textbook_interval(nb, blocks):
+    """Leaving out blocks of a mean gives the standard error of the block means, and Student's quantile."""
+    x = normal(32, 1, 0).flatten()
+    means = np.array([x[b::blocks].mean() for b in range(blocks)])
+    half = scipy.stats.t.ppf(0.975, blocks - 1) * means.std(ddof=1) / math.sqrt(blocks)
+    value, low, high = nb.jackknife(mean_of, x, blocks)
+    assert value == pytest.approx(float(x.mean()), rel=1e-12)
+    assert value - low == pytest.approx(half, rel=1e-9)
+    assert high - value == pytest.approx(half, rel=1e-9)
+
+
+def test_jackknife_of_one_block_each_is_the_t_interval(nb):
+    x = normal(20, 1, 1).flatten()
+    _, low, high = nb.jackknife(mean_of, x, blocks=20)
+    expected = scipy.stats.t.interval(0.95, 19, float(x.mean()), scipy.stats.sem(x.numpy()))
+    assert (low, high) == pytest.approx(expected, rel=1e-9)
+
+
+def test_jackknife_hands_over_whole_rows(nb):
+    sizes = []
+    nb.jackknife(lambda s: sizes.append(tuple(s.shape)) or float(len(sizes)), normal(19, 3, 0))
+    assert sizes == [(19, 3)] + [(16, 3)] * 3 + [(17, 3)] * 5
+
+
+@pytest.mark.parametrize("statistic", [mean_of, lambda s: float(s.mean()) ** 2], ids=["linear", "smooth"])
+def test_jackknife_covers_the_truth(nb, statistic):
+    """95 % of 500 intervals, give or take 4 standard errors of a proportion (0.04)."""
+    x = 2 + normal(500, 64, 5)
+    truth = statistic(torch.tensor([2.0]))
+    intervals = [nb.jackknife(statistic, sample)[1:] for sample in x]
+    covered = np.mean([low <= truth <= high for low, high in intervals])
+    assert 0.91 <= covered <= 0.99
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 7])
+def test_jackknife_of_fewer_samples_than_blocks(nb, n):
+    """A block that leaves out nothing would shrink the interval: refuse it, or leave out one sample at a time."""
+    x = normal(n, 1, 3).flatten()
+    if n == 1:
+        with pytest.raises(ValueError, match="at least"):
+            nb.jackknife(mean_of, x)
+        return
+    try:
+        value, low, high = nb.jackknife(mean_of, x)
+    except ValueError:
+        return
+    expected = scipy.stats.t.interval(0.95, n - 1, value, scipy.stats.sem(x.numpy()))
+    assert (low, high) == pytest.approx(expected, rel=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------- features
+
+
+def pictures(n, channels, size, seed=0):
+    """Structured uint8 images: white noise alone looks all the same to a network at 224 px."""
+    g = torch.Generator().manual_seed(seed)
+    coarse = torch.randint(0, 256, (n, channels, 4, 4), generator=g).float()
+    return torch.nn.functional.interpolate(coarse, size=(size, size)).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def gray_features(nb):
+    return nb.image_features(pictures(11, 1, 28))
+
+
+def test_features_shape(gray_features):
+    assert gray_features.shape == (11, 320)
+    assert gray_features.dtype == torch.float32
+    assert gray_features.device.type == "cpu"
+    assert gray_features.isfinite().all()
+    spread = (gray_features - gray_features.mean(0)).norm() / gray_features.norm()
+    assert spread > 0.1, "different images, different features"
+
+
+def test_gray_is_rgb_repeated(nb, gray_features):
+    rgb = pictures(11, 1, 28)[:3].repeat(1, 3, 1, 1)
+    # a batch of 3 and a batch of 8 may take other kernels: float32 rounding through 50 layers
+    torch.testing.assert_close(nb.image_features(rgb), gray_features[:3], rtol=1e-3, atol=1e-4)
+
+
+def test_colour_counts(nb):
+    colour = pictures(2, 3, 32)
+    assert not torch.allclose(nb.image_features(colour), nb.image_features(colour.flip(1)), atol=1e-2)
+
+
+def test_features_do_not_depend_on_the_batch(nb, gray_features):
+    alone = torch.cat([nb.image_features(image[None]) for image in pictures(11, 1, 28)[7:10]])
+    torch.testing.assert_close(alone, gray_features[7:10], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64, torch.bool])
+def test_features_refuse_anything_but_uint8(nb, dtype):
+    with pytest.raises(TypeError, match="uint8"):
+        nb.image_features(torch.zeros(2, 1, 28, 28, dtype=dtype))
+
+
+# --------------------------------------------------------------------------------------------------- reference
+
+
+@pytest.mark.parametrize(("n", "rungs"), [(10, []), (16, [16]), (70, [16, 32, 64]), (600, [16, 32, 64, 128, 256, 512])])
+def test_reference_floors_follow_the_ladder(nb, n, rungs):
+    reference = nb.make_reference(mixed(300, 6, 0), mixed(n, 6, 0))
+    assert [row[0] for row in reference.floors.tolist()] == rungs
+    assert reference.floors.shape in ((len(rungs), 4), (0,))
+    for _, mean, low, high in reference.floors.tolist():
+        assert 0 < low <= mean <= high
+
+
+def test_reference_keeps_the_training_moments_and_512_held_out(nb):
+    train, heldout = mixed(300, 6, 0), mixed(600, 6, 1)
+    reference = nb.make_reference(train, heldout, "FID")
+    mean, cov = nb.moments(train)
+    assert torch.equal(reference.mean, mean)
+    assert torch.equal(reference.cov, cov)
+    assert torch.equal(reference.heldout, heldout[:512])
+    assert int(reference.n_real) == 300
+    assert reference.metric == "FID"
+    assert nb.make_reference(train, heldout).metric == "FD-EffNet"
+
+
+def test_reference_floors_are_disjoint_draws(nb):
+    train, heldout = mixed(300, 6, 0), mixed(70, 6, 1)
+    expected = [nb.frechet_distance(*nb.moments(heldout[k : k + 16]), *nb.moments(train)) for k in (0, 16, 32, 48)]
+    _, mean, low, high = nb.make_reference(train, heldout).floors[0].tolist()
+    assert (mean, low, high) == pytest.approx((np.mean(expected), min(expected), max(expected)), rel=1e-6)
+
+
+def test_reference_floors_fall_with_n(nb):
+    """The bias of a Fréchet distance is about c / N (Chong and Forsyth): twice the images, about half the floor."""
+    x = normal(4000, 24, 0)
+    floors = nb.make_reference(x[:2000], x[2000:]).floors[:, 1].tolist()
+    assert all(0.3 * a < b < 0.75 * a for a, b in zip(floors[1:5], floors[2:5], strict=False))
+
+
+def test_reference_distance_is_the_frechet_distance(nb):
+    train, features = mixed(300, 6, 0), mixed(40, 6, 1)
+    reference = nb.make_reference(train, mixed(20, 6, 2))
+    expected = nb.frechet_distance(*nb.moments(features), *nb.moments(train))
+    assert reference.distance(features) == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(ValueError, match="at least N = 2"):
+        reference.distance(features[:1])
+
+
+def test_bundled_reference_is_loaded_whole(nb):
+    """The file's own fields, dimensions and the floors at the ladder's N."""
+    reference = nb.Reference(**nb.load_file(nb.BUNDLED / "mnist" / "reference.safetensors"))
+    assert reference.mean.shape == (320,)
+    assert reference.cov.shape == (320, 320)
+    assert reference.heldout.shape[1] == 320
+    assert set(reference.floors[:, 0].int().tolist()) <= set(nb.LADDER)
+    assert torch.linalg.eigvalsh(reference.cov.double()).min() > -1e-4, "a covariance"
