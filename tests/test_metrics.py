@@ -1,5 +1,6 @@
 """Distances with known answers, intervals with a known coverage, features that do not depend on the batch."""
 
+import itertools
 import math
 
 import numpy as np
@@ -246,6 +247,21 @@ def test_features_do_not_depend_on_the_batch(nb, gray_features):
     torch.testing.assert_close(alone, gray_features[7:10], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 64), (3, 256)])
+def test_the_network_sees_224_pixels_in_its_own_range(nb, channels, size):
+    """Black is -1 and white is 1 (the weights' mean = std = 0.5), whatever the size."""
+    seen = []
+    stem = nb.feature_network("FD-EffNet").conv_stem
+    hook = stem.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    try:
+        nb.image_features(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, channels, size, size))
+    finally:
+        hook.remove()
+    assert seen[0].shape == (2, 3, 224, 224)
+    torch.testing.assert_close(seen[0][0], torch.full((3, 224, 224), -1.0))
+    torch.testing.assert_close(seen[0][1], torch.full((3, 224, 224), 1.0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64, torch.bool])
 def test_features_refuse_anything_but_uint8(nb, dtype):
     with pytest.raises(TypeError, match="uint8"):
@@ -287,7 +303,7 @@ def test_reference_floors_fall_with_n(nb):
     """The bias of a Fréchet distance is about c / N (Chong and Forsyth): twice the images, about half the floor."""
     x = normal(4000, 24, 0)
     floors = nb.make_reference(x[:2000], x[2000:]).floors[:, 1].tolist()
-    assert all(0.3 * a < b < 0.75 * a for a, b in zip(floors[1:5], floors[2:5], strict=False))
+    assert all(0.3 * a < b < 0.75 * a for a, b in itertools.pairwise(floors[1:5]))
 
 
 def test_reference_distance_is_the_frechet_distance(nb):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -95,6 +96,18 @@ def test_the_mix_gives_the_published_first_numbers(nb):
     golden = 0x9E3779B97F4A7C15
     z = torch.tensor([(k * golden & MASK) - (2**64 if k * golden & MASK >= 2**63 else 0) for k in (1, 2)])
     assert [int(v) & MASK for v in nb.mix64(z)] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
+
+
+@given(seed=SEEDS, step=st.integers(0, 1000), position=st.integers(0, 50))
+def test_every_number_is_two_table_entries_from_disjoint_bits(nb, seed, step, position):
+    """The whole generator in Python's own integers: the record's images depend on every bit of it."""
+    golden = 0x9E3779B97F4A7C15
+    key = splitmix((splitmix(seed * golden & MASK) + step) & MASK)
+    bits = splitmix((key + golden * (position + 1)) & MASK)
+    table = scipy.stats.norm.ppf((np.arange(2**16) + 0.5) / 2**16)
+    table = (table / table.std() / math.sqrt(2)).astype(np.float32)
+    expected = table[bits & 0xFFFF] + table[bits >> 16 & 0xFFFF]
+    assert float(nb.image_noise([seed], (51,), step)[0, position]) == expected
 
 
 # -------------------------------------------------------------------------------------------------- statistics
