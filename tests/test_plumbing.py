@@ -180,7 +180,7 @@ def test_a_hub_that_hangs_is_given_up(asking):
     release = threading.Event()
     started = time.perf_counter()
     try:
-        assert asking(lambda *a, **k: release.wait() and ANSWER, timeout=0.2) is False
+        assert asking(lambda *a, **k: release.wait(20) and ANSWER, timeout=0.2) is False
     finally:
         release.set()
     assert time.perf_counter() - started < 5
@@ -594,6 +594,12 @@ def test_another_network_is_measured_anew(nb, tiny, counting, change):
     nb.measure(tiny(), 2, 2)
     nb.measure(tiny(**change), 2, 2)
     assert len(counting.calls) == 2
+
+
+@pytest.mark.parametrize("N", [2, 3, 9])
+def test_another_number_of_images_is_not_the_cached_chunk(nb, tiny, counting, N):
+    nb.measure(tiny(), 6, 2, chunk=4)
+    assert len(nb.measure(tiny(), N, 2, chunk=4).features) == N
 
 
 def test_measure_passes_its_settings_on(nb, tiny, counting):
