@@ -10,6 +10,7 @@ import re
 import shutil
 import threading
 import time
+import types
 import typing
 import urllib.error
 
@@ -17,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import cells_tagged, execute
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
@@ -1081,3 +1083,218 @@ def test_an_unreadable_image_is_named(nb, data_dir, layout, harm):
     else:
         assert "mnist.parquet" in message
         assert re.search(r"\b[45]\b", message), "the row, counted from 0 or 1"
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+@pytest.fixture(scope="module")
+def training_cells(nb):
+    """The set-up with the training cells executed as well; the last one, which trains, is left out."""
+    for cell_id, source in cells_tagged("training"):
+        if cell_id != "training-run":
+            execute(nb, cell_id, source)
+    return nb
+
+
+STEPS = 48
+
+
+@pytest.fixture
+def trainer(training_cells, run, monkeypatch, tmp_path):
+    """A function: train a tiny network in a folder of tmp_path; `trainer.harm`: step -> what becomes of its loss."""
+    nb = training_cells
+    recipe = nb.Recipe((8, 16), (False, False), images=8 * STEPS, batch=8, warmup=5, flip=True)
+    monkeypatch.setitem(nb.RECIPES, "mnist", recipe)
+    monkeypatch.setitem(nb.DATA, "mnist", nb.replace(nb.DATA["mnist"], size=8))
+    images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    real = nb.training_loss
+
+    def train(folder, harm=None, at=0, save_every=0.0):
+        train.losses = 0
+
+        def loss(*args):
+            step = len(pd_log(tmp_path / folder)) if save_every == 0 else train.losses
+            train.losses += 1
+            value = real(*args)
+            return harm(value) if harm and step == at else value
+
+        monkeypatch.setattr(nb, "training_loss", loss)
+        with torch.random.fork_rng():
+            unet, log = nb.train("mnist", images, tmp_path / folder, save_every)
+        return unet.state_dict(), log
+
+    return train
+
+
+def pd_log(folder):
+    """The log stored with the training state: with save_every=0, one line for every finished step."""
+    path = folder / "state.pt"
+    return torch.load(path, weights_only=True)["log"] if path.exists() else []
+
+
+def killed(loss):
+    raise KeyboardInterrupt
+
+
+def same_training(first, second):
+    for key in first[0]:
+        assert torch.equal(first[0][key], second[0][key]), key
+    columns = ["step", "images", "loss", "grad_norm"]
+    pd.testing.assert_frame_equal(first[1][columns], second[1][columns], check_exact=True)
+
+
+@pytest.mark.parametrize("at", [0, 1, 20, STEPS - 1])
+def test_a_killed_training_resumes_to_the_same_network(trainer, at):
+    unbroken = trainer("unbroken")
+    with pytest.raises(KeyboardInterrupt):
+        trainer("killed", killed, at)
+    resumed = trainer("killed")
+    assert trainer.losses == STEPS - at, "no finished step twice"
+    same_training(resumed, unbroken)
+    assert unbroken[1]["step"].tolist() == list(range(1, STEPS + 1))
+
+
+def test_a_training_killed_before_its_first_save_starts_again(trainer, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        trainer("killed", killed, 20, save_every=1e9)
+    assert not (tmp_path / "killed" / "state.pt").exists()
+    resumed, unbroken = trainer("killed", save_every=1e9), trainer("unbroken", save_every=1e9)
+    same_training(resumed, unbroken)
+    assert len(resumed[1]) == 1, "one line, at the end"
+
+
+def test_a_training_killed_while_saving_keeps_the_old_state(trainer, training_cells, monkeypatch, tmp_path):
+    replace, saves = os.replace, []
+
+    def dies(source, target):
+        saves.append(target)
+        if len(saves) == 10:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_cells.os, "replace", dies)
+        with pytest.raises(OSError, match="No space"):
+            trainer("killed")
+    assert len(pd_log(tmp_path / "killed")) == 9
+    same_training(trainer("killed"), trainer("unbroken"))
+
+
+def test_a_finished_training_is_not_repeated(trainer):
+    first = trainer("done")
+    again = trainer("done")
+    assert trainer.losses == 0
+    same_training(again, first)
+
+
+def test_the_result_is_the_average_not_the_last_network(trainer, tmp_path):
+    weights, _ = trainer("done")
+    state = torch.load(tmp_path / "done" / "state.pt", weights_only=True)
+    assert any(not torch.equal(weights[key], state["unet"][key]) for key in weights)
+    for key, shadow in zip(weights, state["ema"]["shadow_params"], strict=True):
+        assert torch.equal(weights[key], shadow), key
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")], ids=str)
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(trainer, tmp_path, number):
+    unbroken = trainer("unbroken")
+    with pytest.raises(FloatingPointError, match=r"mnist.*\b20\b") as error:
+        trainer("broken", lambda loss: loss * number, 20)
+    one_sentence(error)
+    state = torch.load(tmp_path / "broken" / "state.pt", weights_only=True)
+    assert state["step"] == 20
+    assert all(torch.isfinite(weight).all() for weight in state["unet"].values())
+    same_training(trainer("broken"), unbroken)
+
+
+def test_the_training_state_is_written_before_a_bad_first_step_only_if_there_is_one(trainer, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"step 0\b"):
+        trainer("broken", lambda loss: loss * float("nan"), 0)
+    assert not (tmp_path / "broken" / "state.pt").exists()
+
+
+def test_training_learns(trainer):
+    _, log = trainer("done")
+    assert log["loss"].tail(10).mean() < 0.9 * log["loss"].head(5).mean()
+
+
+@pytest.mark.parametrize(("patch", "attention"), [(1, False), (2, False), (2, True)])
+def test_build_unet_has_the_recipes_shape(training_cells, monkeypatch, patch, attention):
+    nb = training_cells
+    recipe = nb.Recipe((8, 16), (False, attention), images=8, patch=patch)
+    monkeypatch.setitem(nb.RECIPES, "mnist", recipe)
+    with torch.random.fork_rng():
+        config = nb.build_unet("mnist").config
+    assert (config.sample_size, config.in_channels, config.out_channels) == (28 // patch, patch**2, patch**2)
+    assert tuple(config.block_out_channels) == (8, 16)
+    assert ["Attn" in block for block in config.down_block_types] == [False, attention]
+    assert ["Attn" in block for block in config.up_block_types] == [attention, False]
+
+
+def test_training_loss_is_the_error_of_the_noise(training_cells):
+    """A network that knows x0 recovers eps exactly; one that answers zero has the noise's own power."""
+    nb = training_cells
+    alpha_bar = nb.make_alpha_bar(nb.CONFIG)
+    x0 = torch.rand(256, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    times = []
+
+    def oracle(x, t):
+        times.extend(t.tolist())
+        ab = alpha_bar[t].view(-1, 1, 1, 1)
+        return types.SimpleNamespace(sample=((x - ab.sqrt() * x0) / (1 - ab).sqrt()).float())
+
+    def loss(network, seed=0):
+        return float(nb.training_loss(network, x0, alpha_bar, torch.Generator().manual_seed(seed)))
+
+    assert loss(oracle) < 1e-6
+    assert 0 <= min(times) < 50
+    assert 950 <= max(times) <= 999
+    zero = lambda x, t: types.SimpleNamespace(sample=torch.zeros_like(x))  # noqa: E731
+    assert loss(zero) == pytest.approx(1, abs=0.05)
+    assert loss(zero) == loss(zero) != loss(zero, 1)
+
+
+def test_training_batches_are_drawn_flipped_and_unshuffled(training_cells):
+    nb = training_cells
+    images = torch.arange(16, dtype=torch.uint8).reshape(1, 1, 4, 4) * 17
+    plain = images[0].float() / 127.5 - 1
+
+    def batch(**recipe):
+        recipe = nb.Recipe((8,), (False,), images=8, batch=32, **recipe)
+        return nb.training_batch(images, recipe, torch.Generator().manual_seed(0))
+
+    assert torch.equal(batch(), plain.expand(32, 1, 4, 4))
+    flipped = [torch.equal(image, plain.flip(-1)) for image in batch(flip=True)]
+    assert [torch.equal(image, plain) for image in batch(flip=True)] == [not f for f in flipped]
+    assert 4 < sum(flipped) < 28
+    assert torch.equal(batch(patch=2)[0], torch.nn.functional.pixel_unshuffle(plain, 2))
+
+
+# ------------------------------------------------------------------------------------- what was left out above
+
+
+def test_an_interval_not_given_reads_back_as_nan(nb, run):
+    nb.begin("s")
+    nb.record("s", "m", 1.0, low=0.5, high=2)
+    nb.record("s", "n", 1.0)
+    frame = nb.results("s")
+    assert frame[["value", "low", "high"]].dtypes.unique().tolist() == [np.dtype(float)]
+    assert frame["low"].isna().tolist() == frame["high"].isna().tolist() == [False, True]
+    assert frame[["low", "high"]].iloc[0].tolist() == [0.5, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("columns", "plain", "fixed"),
+    [
+        ({}, "3.14", "3.1"),
+        ({"N": 16}, "3.14 (N=16)", "3.1 (N=16)"),
+        ({"low": 3.0, "high": 3.25}, "3.14 [3, 3.25]", "3.1 [3.0, 3.2]"),
+        ({"low": float("nan"), "high": float("nan")}, "3.14", "3.1"),
+        ({"low": None, "high": None}, "3.14", "3.1"),
+    ],
+    ids=str,
+)
+def test_a_rows_format(nb, columns, plain, fixed):
+    row = nb.Row(dict.fromkeys(COLUMNS, "") | {"value": 3.14159} | columns)
+    assert (f"{row}", f"{row:.1f}") == (plain, fixed)
