@@ -242,6 +242,12 @@ def test_html_export_embeds_every_figure(smoke):
     assert all(s.startswith("data:image/png;base64,") for s in sources)
 
 
+@pytest.mark.xfail(strict=True, reason="nbconvert ignores alt in output metadata; show_figure should display HTML")
+def test_alternative_text_reaches_the_html_export(committed):
+    html, _ = HTMLExporter().from_notebook_node(committed)
+    assert "No description has been provided" not in html
+
+
 @pytest.mark.parametrize("section", [*SECTIONS, "summary"])
 def test_each_section_runs_alone_after_setup(section, smoke, tmp_path):
     source = section_alone(section, tmp_path)
