@@ -329,3 +329,18 @@ def test_bundled_reference_is_loaded_whole(nb):
     assert reference.heldout.shape[1] == 320
     assert set(reference.floors[:, 0].int().tolist()) <= set(nb.LADDER)
     assert torch.linalg.eigvalsh(reference.cov.double()).min() > -1e-4, "a covariance"
+
+
+def test_mean_interval_is_students(nb):
+    sample = torch.tensor([1.0, 2.0, 4.0, 7.0])
+    mean, half = (
+        3.5,
+        3.182446305284263 * 2.6457513110645907 / 2,
+    )  # t of 3 degrees of freedom; standard deviation sqrt(7)
+    assert nb.mean_interval(sample) == pytest.approx({"value": mean, "low": mean - half, "high": mean + half}, rel=1e-5)
+
+
+def test_paired_rms_is_per_image_on_the_scale_of_the_sampler(nb):
+    black, white = torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.full((2, 1, 4, 4), 255, dtype=torch.uint8)
+    mixed = torch.cat([black[:1], white[:1]])
+    assert nb.paired_rms(black, mixed).tolist() == [0.0, 2.0]

@@ -338,7 +338,7 @@ class Identity(torch.nn.Module):
 
     def __init__(self, size):
         super().__init__()
-        self.config = type("Config", (), {"sample_size": size})
+        self.config = type("Config", (), {"sample_size": size, "block_out_channels": (8,)})
 
     def forward(self, x, t):
         return type("Output", (), {"sample": x})

@@ -18,7 +18,7 @@ from nbconvert.preprocessors import TagRemovePreprocessor
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "hw.diffusion.ipynb"
-SECTIONS = ["foundations", "exercise-1", "exercise-2", "exercise-3", "stability"]
+SECTIONS = ["foundations", *(f"exercise-{i}" for i in range(1, 6)), "stability", "speed"]
 ORDER = ["parameters", "setup", "foundations", *(f"exercise-{i}" for i in range(1, 6)), "stability", "speed", "summary"]
 ORDER += ["training"]
 COLUMNS = ["run", "metric", "value", "low", "high", "N", "n_real", "dataset", "method", "eta", "variance", "spacing"]
@@ -93,8 +93,9 @@ def test_cell_ids_are_names_and_unique(committed):
 
 def test_cells_are_small(committed):
     lines = sorted(sum(bool(line.strip()) for line in c.source.splitlines()) for c in code_cells(committed))
-    assert len(lines) <= 110
-    assert lines[len(lines) // 2] <= 25
+    assert len(lines) <= 170
+    assert lines[len(lines) // 2] <= 20
+    assert lines[-1] <= 50
     assert not any(re.match(r"\s*[%!]", line) for c in code_cells(committed) for line in c.source.splitlines())
 
 
@@ -147,11 +148,18 @@ def test_committed_outputs_belong_to_the_committed_code(committed):
         assert expected in set(stored), f"{section} was changed after it was executed"
 
 
+def figures_of(notebook):
+    """The <img> elements that the notebook's outputs show."""
+    shown = [o.data.get("text/html", "") for c in code_cells(notebook) for o in c.outputs if "data" in o]
+    return [tag for text in shown for tag in re.findall(r"<img [^>]*>", text)]
+
+
 def test_committed_figures_have_alternative_text_and_files(committed):
-    shown = [(c.id, o) for c in code_cells(committed) for o in c.outputs if "image/png" in o.get("data", {})]
-    assert len(shown) >= 20
-    assert not [name for name, o in shown if len(o.metadata.get("image/png", {}).get("alt", "")) < 20]
-    assert len(list((ROOT / "outputs/figures").glob("*.png"))) >= 20
+    shown = figures_of(committed)
+    assert len(shown) >= 30
+    assert not [tag for tag in shown if len(re.search(r'alt="([^"]*)"', tag)[1]) < 20]
+    assert not [o for c in code_cells(committed) for o in c.outputs if "image/png" in o.get("data", {})]
+    assert len(list((ROOT / "outputs/figures").glob("*.png"))) >= 30
 
 
 def rows_of(folder):
@@ -191,6 +199,12 @@ def test_the_record_bears_its_claims_out():
         "inversion error falls with the steps",
         "DDIM images depend less on the step count than DDPM's",
         "DDPM and DDIM cost the same per step to within 10 %",
+        "DDIM: column_shapes is at least 0.95",
+        "DDIM: column_pair_trends is at least 0.93",
+        "DDIM: c2st_auc is at most 0.65",
+        "DDIM: dcr_share is between 0.45 and 0.55",
+        "DDIM: no entry leaves the training range or levels",
+        "per-image noise costs less than 5 % of a step at batch 64",
     ):
         assert verdict[text] == 1.0, text
     # intervals of neighbouring step counts may overlap at the quick profile's N, but the order may not turn round
@@ -238,14 +252,14 @@ def test_html_export_embeds_every_figure(smoke):
     notebook, folder = smoke
     html, _ = HTMLExporter().from_notebook_node(notebook)
     sources = re.findall(r'<img[^>]+src="([^"]{0,40})', html)
-    assert len(sources) == len(list((folder / "figures").glob("*.png")))
-    assert all(s.startswith("data:image/png;base64,") for s in sources)
+    assert len(sources) >= len(list((folder / "figures").glob("*.png")))
+    assert all(s.startswith("data:image/") for s in sources)
 
 
-@pytest.mark.xfail(strict=True, reason="nbconvert ignores alt in output metadata; show_figure should display HTML")
-def test_alternative_text_reaches_the_html_export(committed):
-    html, _ = HTMLExporter().from_notebook_node(committed)
+def test_alternative_text_reaches_the_html_export(smoke):
+    html, _ = HTMLExporter().from_notebook_node(smoke[0])
     assert "No description has been provided" not in html
+    assert len(re.findall(r'<img alt="[^"]{20,}" src="data:image', html)) == len(figures_of(smoke[0]))
 
 
 @pytest.mark.parametrize("section", [*SECTIONS, "summary"])
@@ -295,7 +309,10 @@ def test_bundled_checkpoint_loads_in_a_fresh_process():
         "pipe.set_progress_bar_config(disable=True)\n"
         "print(pipe(num_inference_steps=2, output_type='np').images.shape, pipe.unet.dtype)"
     )
-    for folder in sorted((ROOT / "outputs/checkpoints").iterdir()):
+    folders = [f for f in sorted((ROOT / "outputs/checkpoints").iterdir()) if (f / "model_index.json").exists()]
+    folders = [f for f in folders if "DDPMPipeline" in (f / "model_index.json").read_text()]
+    assert sum(f.stat().st_size for folder in folders for f in folder.rglob("*")) < 20 * 2**20
+    for folder in folders:
         done = subprocess.run(
             [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, env=ENVIRONMENT
         )
@@ -305,3 +322,49 @@ def test_bundled_checkpoint_loads_in_a_fresh_process():
         digest = hashlib.sha256((folder / "unet/diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
         assert digest in (folder / "README.md").read_text(encoding="utf-8")
         assert (folder / "reference.safetensors").stat().st_size < 2**20
+
+
+def test_two_processes_give_the_statistics_of_one(smoke, tmp_path):
+    """The notebook as a script under `accelerate launch`: images are shared out, features gathered, one process writes."""
+    source = section_alone("exercise-1", tmp_path)
+    prepared, out = tmp_path / "study.ipynb", tmp_path / "out"
+    run([*papermill(source, prepared, out), "--prepare-only"])
+    run([sys.executable, "-m", "nbconvert", "--to", "script", str(prepared)])
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    run([*launch, "--mixed_precision", "no", "--dynamo_backend", "no", str(tmp_path / "study.py")])
+    key = ["metric", "dataset", "method", "eta", "steps", "N", "detail"]
+    tables = [pd.read_csv(f / "results/exercise-1.csv", keep_default_na=False) for f in (out, smoke[1])]
+    two, one = (t[t["metric"].isin(["FD-EffNet", "KD-EffNet", "paired_rms"])].set_index(key)["value"] for t in tables)
+    assert len(two) == len(one) > 3
+    pd.testing.assert_series_equal(two.sort_index(), one.sort_index(), rtol=1e-3)
+
+
+def test_a_failing_process_stops_the_launch_with_its_reason(tmp_path):
+    script = tmp_path / "study.py"
+    source = "\n".join(
+        c.source for c in code_cells(nbformat.read(NOTEBOOK, 4)) if section_tag(c) in ("parameters", "setup")
+    )
+    script.write_text(source + "\nif PROCESS.process_index == 1:\n    raise OSError('disk full on the second')\n")
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    command = [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", str(script)]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "disk full on the second" in done.stderr

@@ -100,6 +100,11 @@ def test_profiles_are_one_table_of_known_data_sets(nb):
         ("CAPTURE_EVERY", 0, "1 to 1000"),
         ("CAPTURE_EVERY", 1001, "1 to 1000"),
         ("CAPTURE_EVERY", 1.5, "1 to 1000"),
+        ("TABLE", "/no/such/table.csv", "CSV"),
+        ("TABLE", "tests", "CSV"),
+        ("TABLE", 5, "CSV"),
+        ("PROMPTS", "red apple", "list of texts"),
+        ("PROMPTS", [1], "list of texts"),
         ("TRAIN", ("imagenet",), "mnist"),
         ("TRAIN", "mnist", "mnist"),
         ("TRAIN", None, "mnist"),
@@ -317,7 +322,9 @@ def test_a_failed_write_loses_nothing(nb, run, monkeypatch, breaks):
 
 def test_only_the_main_process_writes(nb, run, monkeypatch):
     nb.begin("s")
-    monkeypatch.setattr(nb, "PROCESS", type("Second", (), {"is_main_process": False}))
+    monkeypatch.setattr(
+        nb, "PROCESS", type("Second", (), {"is_main_process": False, "wait_for_everyone": lambda: None})
+    )
     assert nb.record("s", "KID", 1.0).value == 1.0
     assert nb.results("s").empty
 
@@ -1104,7 +1111,7 @@ STEPS = 48
 def trainer(training_cells, run, monkeypatch, tmp_path):
     """A function: train a tiny network in a folder of tmp_path; `trainer.harm`: step -> what becomes of its loss."""
     nb = training_cells
-    recipe = nb.Recipe((8, 16), (False, False), images=8 * STEPS, batch=8, warmup=5, flip=True)
+    recipe = nb.Recipe((8, 16), (False, False), images=8 * STEPS, data="", judged=(2, 2), batch=8, warmup=5, flip=True)
     monkeypatch.setitem(nb.RECIPES, "mnist", recipe)
     monkeypatch.setitem(nb.DATA, "mnist", nb.replace(nb.DATA["mnist"], size=8))
     images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -1222,7 +1229,7 @@ def test_training_learns(trainer):
 @pytest.mark.parametrize(("patch", "attention"), [(1, False), (2, False), (2, True)])
 def test_build_unet_has_the_recipes_shape(training_cells, monkeypatch, patch, attention):
     nb = training_cells
-    recipe = nb.Recipe((8, 16), (False, attention), images=8, patch=patch)
+    recipe = nb.Recipe((8, 16), (False, attention), images=8, data="", judged=(2, 2), patch=patch)
     monkeypatch.setitem(nb.RECIPES, "mnist", recipe)
     with torch.random.fork_rng():
         config = nb.build_unet("mnist").config
@@ -1261,7 +1268,7 @@ def test_training_batches_are_drawn_flipped_and_unshuffled(training_cells):
     plain = images[0].float() / 127.5 - 1
 
     def batch(**recipe):
-        recipe = nb.Recipe((8,), (False,), images=8, batch=32, **recipe)
+        recipe = nb.Recipe((8,), (False,), images=8, data="", judged=(2, 2), batch=32, **recipe)
         return nb.training_batch(images, recipe, torch.Generator().manual_seed(0))
 
     assert torch.equal(batch(), plain.expand(32, 1, 4, 4))
@@ -1298,3 +1305,122 @@ def test_an_interval_not_given_reads_back_as_nan(nb, run):
 def test_a_rows_format(nb, columns, plain, fixed):
     row = nb.Row(dict.fromkeys(COLUMNS, "") | {"value": 3.14159} | columns)
     assert (f"{row}", f"{row:.1f}") == (plain, fixed)
+
+
+# ------------------------------------------------------- plans of hub networks, memory, precision, compiler
+
+
+@pytest.fixture
+def hub_plan(nb, run, tiny, monkeypatch):
+    """A function: the plan of a hub network whose evaluation takes so many seconds."""
+    monkeypatch.setattr(nb, "PROFILE", "quick")
+
+    def plan(seconds, name="mnist"):
+        monkeypatch.setattr(nb, "seconds_per_evaluation", lambda checkpoint: seconds)
+        return nb.plan_of(tiny(name=name, source="hub"))
+
+    return plan
+
+
+def test_a_bundled_networks_plan_is_the_profiles(nb, run, tiny, monkeypatch):
+    monkeypatch.setattr(nb, "PROFILE", "quick")
+    monkeypatch.setattr(nb, "seconds_per_evaluation", lambda checkpoint: pytest.fail("a fixed plan times nothing"))
+    assert nb.plan_of(tiny(name="mnist")) == nb.PROFILES["quick"]["mnist"]
+
+
+def test_a_fast_hub_network_keeps_the_profiles_plan(nb, hub_plan):
+    assert hub_plan(1e-6) == nb.PROFILES["quick"]["mnist"]
+
+
+def test_a_slower_hub_network_gets_fewer_images(nb, hub_plan, capsys):
+    whole = nb.PROFILES["quick"]["mnist"]
+    plan = hub_plan(0.002)
+    assert 16 <= plan.N < whole.N
+    assert (plan.ddpm, plan.ddim) == (whole.ddpm, whole.ddim)
+    assert f"N = {plan.N}" in capsys.readouterr().out
+    assert plan.N_long <= plan.N
+
+
+def test_a_slow_hub_network_drops_the_longest_chain(nb, hub_plan):
+    plan = hub_plan(0.0075)
+    assert plan.N == 16
+    assert max(plan.ddpm) < 1000
+
+
+def test_a_hopeless_hub_network_is_left_out(nb, hub_plan, tiny, monkeypatch, capsys):
+    assert hub_plan(100.0).N == 0
+    monkeypatch.setattr(nb, "load_checkpoint", lambda name: tiny(name=name, source="hub"))
+    monkeypatch.setattr(nb, "DATASETS", ("mnist",))
+    assert nb.at_hand() == []
+    assert "mnist: left out" in capsys.readouterr().out
+
+
+def test_a_plan_once_made_is_kept(hub_plan):
+    first = hub_plan(0.002)
+    assert hub_plan(1e-6) == first, "a resumed run keeps its N"
+
+
+def test_out_of_memory_halves_the_batch_and_gives_the_same_images(nb, tiny, monkeypatch, capsys):
+    checkpoint, whole = tiny(), nb.trajectory
+    expected = nb.sample_images(checkpoint, range(10), 3)
+
+    def short_of_memory(checkpoint, seeds, *arguments, **settings):
+        if len(seeds) > 3:
+            raise torch.OutOfMemoryError("as a GPU would")
+        return whole(checkpoint, seeds, *arguments, **settings)
+
+    monkeypatch.setattr(nb, "batch_of", lambda checkpoint: 8)
+    monkeypatch.setattr(nb, "trajectory", short_of_memory)
+    images = nb.sample_images(checkpoint, range(10), 3)
+    assert (images.int() - expected.int()).abs().max() <= 1
+    assert capsys.readouterr().out.count("out of memory") == 2
+
+
+def test_out_of_memory_with_one_image_is_an_error(nb, tiny, monkeypatch):
+    def never(*arguments, **settings):
+        raise torch.OutOfMemoryError("as a GPU would")
+
+    monkeypatch.setattr(nb, "trajectory", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        nb.sample_images(tiny(), range(3), 2)
+
+
+def test_a_failing_compiler_falls_back_with_one_line(nb, monkeypatch, capsys):
+    network = torch.nn.Linear(2, 2)
+
+    def broken(module):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(nb.torch, "compile", broken)
+    assert nb.compiled(network, torch.zeros(1, 2)) is network
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_a_compiler_that_fails_at_the_first_call_falls_back_too(nb, monkeypatch, capsys):
+    network = torch.nn.Linear(2, 2)
+
+    def later(module):
+        def call(*arguments):
+            raise RuntimeError("no compiler")
+
+        return call
+
+    monkeypatch.setattr(nb.torch, "compile", later)
+    assert nb.compiled(network, torch.zeros(1, 2)) is network
+
+
+@pytest.mark.parametrize(
+    ("has", "widths", "expected"), [(True, 64, "bfloat16"), (True, 16, "float32"), (False, 64, "float32")]
+)
+def test_precision_follows_device_and_width(nb, tiny, monkeypatch, has, widths, expected):
+    monkeypatch.setattr(nb, "HAS_BF16", has)
+    checkpoint = tiny()
+    unet = types.SimpleNamespace(config=types.SimpleNamespace(block_out_channels=(widths, 64)))
+    assert str(nb.replace(checkpoint, unet=unet).dtype) == f"torch.{expected}"
+
+
+def test_minutes_grow_with_every_result(nb, run, clock):
+    nb.begin("s")
+    clock[0] += 120
+    nb.record("s", "KID", 1.0)
+    assert float(nb.runs()["minutes"].iloc[0]) == pytest.approx(2.0)

@@ -1,0 +1,282 @@
+"""Exercise 4: the table's types, its encoder, the generators and the scores, on small tables."""
+
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import cells_tagged, execute, set_up
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+DEFINITIONS = ("begin", "infer", "read", "encoder", "model", "loss", "train", "sample")
+DEFINITIONS += ("similarity", "utility", "privacy", "baselines")
+
+
+@pytest.fixture(scope="module")
+def tab(_in_the_repository, tmp_path_factory):
+    """The set-up and exercise 4's definitions, executed; none of its measurements."""
+    module = set_up("tabular", PROFILE="smoke", OUTPUT_DIR=str(tmp_path_factory.mktemp("run")))
+    module.DEVICE = torch.device("cpu")
+    for cell_id, source in cells_tagged("exercise-4"):
+        if cell_id.removeprefix("exercise-4-") in DEFINITIONS:
+            execute(module, cell_id, source)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield module
+    torch.set_num_threads(threads)
+    del sys.modules["tabular"]
+
+
+def small_table(rows=400, seed=0):
+    """Two numbers that determine each other, a free one, and a category that follows the first."""
+    rng = np.random.default_rng(seed)
+    a = rng.normal(size=rows).round(2)
+    frame = {"a": a, "b": (100 * a).round().astype(int) + 7, "c": rng.exponential(size=rows)}
+    return pd.DataFrame(frame | {"d": pd.Categorical(np.where(a > 0, "up", "down"))})
+
+
+# ---------------------------------------------------------------- reading
+
+
+def test_types_are_inferred_and_each_left_out_column_is_explained(tab):
+    n = 300
+    raw = pd.DataFrame({
+        "whole": range(n), "real": np.linspace(0, 1, n), "few": [1, 2, 3] * 100, "flag": [True, False] * 150,
+        "constant": 7, "text": ["x", None, "z"] * 100, "blob": [f"free text {k}" for k in range(n)],
+        "day": pd.date_range("2024-01-01", periods=n).astype(str), "empty": np.nan,
+    })  # fmt: skip
+    table, notes = tab.infer_types(raw)
+    assert set(notes) == set(raw)
+    assert [c for c in table if table[c].dtype != "category"] == ["whole", "real"]
+    assert set(table) == {"whole", "real", "few", "flag", "constant", "text"}
+    assert list(table["few"].cat.categories) == [1, 2, 3]
+    assert "(missing)" in table["text"].cat.categories
+    assert all("left out" in notes[c] for c in ("blob", "day", "empty"))
+    assert "100" in notes["blob"]
+
+
+def test_missing_and_infinite_numbers_cost_their_rows_and_are_counted(tab):
+    raw = pd.DataFrame({"a": [np.inf, np.nan, -np.inf, *list(range(297))], "b": range(300)})
+    table, notes = tab.infer_types(raw)
+    assert len(table) == 297
+    assert np.isfinite(table["a"]).all()
+    assert "1.0% missing" in notes["a"]
+
+
+BAD = {
+    "no rows": ("a,b\n", "0 rows"),
+    "nothing": ("", "not a readable CSV"),
+    "one column": ("a\n" + "\n".join(map(str, range(300))), "1 columns"),
+    "duplicate": ("a,a\n" + "1,2\n" * 300, "two columns named 'a'"),
+    "ragged": ("a,b\n1,2\n1,2,3,4\n", "not a readable CSV"),
+    "only blobs": ("a,b\n" + "\n".join(f"text {k},note {k}" for k in range(300)), "left out: text"),
+    "too few": ("a,b\n" + "1,2\n" * 20, "20 rows"),
+    "10,000 categories": ("a,b\n" + "\n".join(f"id{k},{k}" for k in range(10_000)), "10000 different values"),
+}
+
+
+@pytest.mark.parametrize(("content", "says"), BAD.values(), ids=BAD)
+def test_a_csv_that_cannot_be_learned_is_refused_with_a_sentence(tab, tmp_path, content, says):
+    path = tmp_path / "bad.csv"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"^TABLE: .*\.$") as error:
+        tab.read_table(path)
+    assert says in str(error.value)
+
+
+def test_bytes_that_are_no_text_are_refused(tab, tmp_path):
+    (tmp_path / "bad.csv").write_bytes(bytes(range(128, 256)) * 20)
+    with pytest.raises(ValueError, match="not a readable CSV"):
+        tab.read_table(tmp_path / "bad.csv")
+
+
+# ---------------------------------------------------------------- encoder
+
+CELLS = st.tuples(
+    st.integers(-(10**6), 10**6),
+    st.decimals(-1000, 1000, places=2).map(float),
+    st.floats(-1e6, 1e6, allow_subnormal=False),
+    st.sampled_from(["red", "green", "blue", "(missing)"]),
+)
+
+
+@given(st.lists(CELLS, min_size=3, max_size=60), st.integers(0, 2**32 - 1))
+def test_rows_survive_encoding_and_decoding(tab, cells, seed):
+    """Categories exactly; numbers to float32's accuracy (the vectors'), against the column's range."""
+    frame = pd.DataFrame(cells, columns=["whole", "cents", "real", "colour"]).astype({"colour": "category"})
+    encoder = tab.TableEncoder(frame)
+    x = encoder.encode(frame, seed)
+    back = encoder.decode(x)
+    assert x.shape == (len(frame), encoder.D)
+    assert torch.isfinite(x).all()
+    assert (back["colour"].to_numpy() == frame["colour"].to_numpy()).all()
+    for c in ("whole", "cents", "real"):
+        span = np.ptp(frame[c].to_numpy(float)) + 1
+        assert back[c].dtype == frame[c].dtype
+        assert np.abs(back[c].to_numpy(float) - frame[c].to_numpy(float)).max() <= 1e-5 * span + 1.01 * (
+            c == "whole" and span > 1e4
+        )
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 2**32 - 1), st.floats(0.1, 1000))
+def test_any_vector_decodes_to_the_training_range_levels_and_types(tab, seed, scale):
+    train = small_table()
+    x = scale * torch.randn(50, 5, generator=torch.Generator().manual_seed(seed))
+    back = tab.TableEncoder(train).decode(x)
+    assert tab.violations(back, train) == 0
+    assert list(back) == list(train)
+    assert (back.dtypes == train.dtypes).all()
+
+
+def test_ties_are_spread_to_a_normal_score(tab):
+    train = pd.DataFrame({"v": np.repeat(np.arange(20), 500), "k": pd.Categorical(["x"] * 10_000)})
+    z = tab.TableEncoder(train).encode(train, seed=3)[:, 0]
+    assert tab.scipy.stats.kstest(z.numpy(), "norm").statistic < 0.02
+
+
+def test_an_unseen_level_and_a_number_beyond_the_range_are_encoded(tab):
+    train = small_table()
+    row = pd.DataFrame({"a": [1e9], "b": [0], "c": [1.0], "d": pd.Categorical(["sideways"])})
+    encoder = tab.TableEncoder(train)
+    x = encoder.encode(row)
+    assert (x[0, 3:] == -1).all()
+    assert encoder.decode(x)["a"][0] == train["a"].max()
+
+
+# ---------------------------------------------------------------- model
+
+
+def test_no_rows_give_an_empty_table_with_the_right_columns_and_types(tab):
+    train = small_table()
+    encoder = tab.TableEncoder(train)
+    empty = tab.sample_table(tab.TabularNet(encoder.D, 8, 1), encoder, range(0), 5, 0.0)
+    assert len(empty) == 0
+    assert list(empty) == list(train)
+    assert (empty.dtypes == train.dtypes).all()
+
+
+def test_the_untrained_part_aside_the_network_returns_what_it_sees_as_noise(tab):
+    network = tab.TabularNet(4, 16, 2)
+    torch.nn.init.zeros_(network.leave.weight)
+    torch.nn.init.zeros_(network.leave.bias)
+    x = torch.randn(6, 4)
+    for t in (0, 500, 999):
+        assert torch.allclose(network(x, t), (1 - tab.ALPHA_BAR[t]).sqrt().float() * x)
+    t = torch.tensor([0, 1, 2, 500, 998, 999])
+    each = torch.cat([network(x[k : k + 1], int(t[k])) for k in range(6)])
+    assert torch.allclose(network(x, t), each)
+
+
+def test_training_learns_the_relations_of_a_table_for_both_samplers(tab):
+    train = small_table(2000)
+    encoder = tab.TableEncoder(train)
+    held_out = encoder.encode(small_table(500, seed=1))
+    network, losses = tab.train_table(encoder.encode(train)[None], held_out, 0, 600, width=64, depth=2)
+    (first, _), *_, last = losses.values()
+    assert max(last) < 0.6 * first
+    for eta in (0.0, 1.0):
+        rows = tab.sample_table(network, encoder, range(1000), 50, eta)
+        assert np.corrcoef(rows["a"], rows["b"])[0, 1] > 0.97
+        assert ((rows["a"] > 0) == (rows["d"] == "up")).mean() > 0.93
+        assert abs(rows["a"].std() / train["a"].std() - 1) < 0.15
+
+
+def test_a_row_belongs_to_its_seed(tab):
+    train = small_table()
+    encoder = tab.TableEncoder(train)
+    network = tab.TabularNet(encoder.D, 8, 1)
+    states = [list(tab.row_states(network, encoder.D, seeds, 4, 1.0))[-1].x for seeds in (range(20), range(10, 20))]
+    assert torch.allclose(states[0][10:], states[1], atol=0.05)
+
+
+# ---------------------------------------------------------------- scores
+
+
+@pytest.fixture(scope="module")
+def pair(tab):
+    """A real table, and one that differs in shape and in relation."""
+    other = small_table(300, seed=1)
+    other["c"], other["d"] = other["c"] * 1.5, other["d"].to_numpy()[::-1]
+    return small_table(), other.astype({"d": "category"})
+
+
+def test_shapes_and_trends_are_those_of_sdmetrics(tab, pair):
+    single = pytest.importorskip("sdmetrics.single_column")
+    double = pytest.importorskip("sdmetrics.column_pairs")
+    real, fake = pair
+    shapes = tab.column_shapes(real, fake)
+    for c, score in shapes.items():
+        theirs = single.TVComplement if real[c].dtype == "category" else single.KSComplement
+        assert score == pytest.approx(theirs.compute(real[c], fake[c]), abs=1e-9)
+    trends = tab.column_pair_trends(real, fake)
+    assert len(trends) == 6
+    for (a, b), score in trends.items():
+        numbers = [c for c in (a, b) if real[c].dtype != "category"]
+        real_two, fake_two = (frame[[a, b]].astype({"d": str} if "d" in (a, b) else {}) for frame in (real, fake))
+        if len(numbers) == 2:
+            theirs = double.CorrelationSimilarity.compute(real_two, fake_two)
+        else:
+            theirs = double.ContingencySimilarity.compute(real_two, fake_two, continuous_column_names=numbers or None)
+        assert score == pytest.approx(theirs, abs=1e-9), (a, b)
+
+
+def test_the_same_table_scores_perfectly(tab):
+    real = small_table()
+    assert set(tab.column_shapes(real, real)) == {1.0}
+    assert np.allclose(tab.column_pair_trends(real, real), 1)
+    assert tab.violations(real, real) == 0
+
+
+def test_violations_are_counted_by_entry(tab):
+    train = small_table()
+    bad = train.assign(a=train["a"].where(train.index > 2, 99.0), d=train["d"].astype(str).where(train.index > 0, "?"))
+    assert tab.violations(bad, train) == 4
+
+
+def test_a_classifier_tells_a_shifted_table_apart_but_not_fresh_rows(tab):
+    real, fresh = small_table(seed=0), small_table(seed=5)
+    shifted = fresh.assign(c=fresh["c"] + 3)
+    for boosted in (False, True):
+        assert tab.told_apart(real, shifted, boosted) > 0.95
+    assert 0.4 < tab.told_apart(real, fresh, boosted=False) < 0.6
+
+
+def test_utility_is_high_for_real_rows_and_lost_without_relations(tab):
+    train, test = small_table(1000), small_table(300, seed=1)
+    encoder = tab.TableEncoder(train)
+    for target in ("b", "d"):  # a number: R2; a category: accuracy
+        assert tab.utility(train, test, target) > 0.95
+        assert tab.utility(tab.marginals(encoder, train, 1000, 0), test, target) < 0.7
+
+
+def test_copies_are_seen_as_copies(tab):
+    train, test, fresh = (small_table(seed=seed) for seed in range(3))
+    encoder = tab.TableEncoder(train)
+    copied = tab.privacy(encoder, train, train, test)
+    assert copied["dcr_share"] > 0.95
+    assert copied["dcr_median"] == 0
+    assert tab.privacy(encoder, test, train, test)["dcr_share"] < 0.05
+    assert 0.4 < tab.privacy(encoder, fresh, train, test)["dcr_share"] < 0.6
+
+
+# ---------------------------------------------------------------- baselines
+
+
+@pytest.mark.parametrize("name", ["marginals", "smote", "copula"])
+def test_each_baseline_keeps_types_ranges_and_what_it_promises(tab, name):
+    train = small_table(1500)
+    encoder = tab.TableEncoder(train)
+    draw = getattr(tab, name)
+    rows = draw(encoder, train, 1200, 0)
+    assert len(rows) == 1200
+    assert list(rows) == list(train)
+    assert (rows.dtypes == train.dtypes).all()
+    assert tab.violations(rows, train) == 0
+    assert tab.column_shapes(train, rows).min() > 0.9
+    relation = rows["a"].corr(rows["b"])
+    assert abs(relation) < 0.1 if name == "marginals" else relation > 0.97
+    assert rows.equals(draw(encoder, train, 1200, 0))
+    assert not rows.equals(draw(encoder, train, 1200, 1))

@@ -1,0 +1,463 @@
+"""Exercise 5 and its training: loading any layout, sampling, bad requests, files, the score, the bundled model."""
+
+import hashlib
+import io
+import json
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, cells_tagged, execute
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    LDMTextToImagePipeline,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+DEFINITIONS = ("model", "load", "find", "draw", "retrieval", "request", "fulfil")
+BUNDLED = ROOT / "outputs/checkpoints/text2image"
+
+
+@pytest.fixture(scope="module")
+def text(nb):
+    """The set-up with exercise 5's definitions; nothing is loaded or drawn."""
+    nb.STEPS, nb.GUIDANCE, nb.COLUMNS_SHOWN = 2, 4.0, 1
+    for cell_id, source in cells_tagged("exercise-5"):
+        if cell_id.removeprefix("exercise-5-") in DEFINITIONS:
+            execute(nb, cell_id, source)
+    return nb
+
+
+def tiny_vae():
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4,) * 4,
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=32,
+        scaling_factor=0.5,
+    )
+
+
+def tiny_unet(width):
+    return UNet2DConditionModel(
+        sample_size=4,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=width,
+    )
+
+
+def clip_tokenizer(folder):
+    """A tokenizer of CLIP's class that knows single letters."""
+    letters = "abcdefghijklmnopqrstuvwxyz,"
+    words = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77), len(words)
+
+
+def stable_diffusion(folder):
+    """Stable Diffusion 1.5's classes with tiny random weights."""
+    tokenizer, words = clip_tokenizer(folder)
+    config = CLIPTextConfig(
+        vocab_size=words,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        bos_token_id=words - 2,
+        eos_token_id=words - 1,
+    )
+    scheduler = PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)
+    return StableDiffusionPipeline(
+        tiny_vae(),
+        CLIPTextModel(config),
+        tokenizer,
+        tiny_unet(16),
+        scheduler,
+        None,
+        None,
+        requires_safety_checker=False,
+    )
+
+
+def ldm(nb):
+    """The classes of CompVis/ldm-text2im-large-256 with tiny random weights."""
+    tokenizer, _ = nb.minilm()
+    config = LDMBertConfig(
+        vocab_size=len(tokenizer),
+        encoder_layers=1,
+        encoder_ffn_dim=16,
+        encoder_attention_heads=2,
+        head_dim=8,
+        d_model=16,
+    )
+    scheduler = DDIMScheduler(clip_sample=False, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    return LDMTextToImagePipeline(tiny_vae(), LDMBertModel(config), tokenizer, tiny_unet(16), scheduler)
+
+
+@pytest.fixture(scope="module")
+def pipelines(text, tmp_path_factory):
+    """One untrained pipeline of each kind that the hub offers."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = {"sd": stable_diffusion(tmp_path_factory.mktemp("clip") / "tokenizer"), "ldm": ldm(text)}
+    for pipe in made.values():
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.eval()  # as loading leaves it: no dropout
+    return made
+
+
+def as_bin(folder):
+    """Every safetensors file as the .bin of old repositories."""
+    for path in folder.rglob("*.safetensors"):
+        name = "pytorch_model.bin" if path.parent.name in ("bert", "text_encoder") else "diffusion_pytorch_model.bin"
+        torch.save(load_file(path), path.with_name(name))
+        path.unlink()
+
+
+LAYOUTS = {
+    "safetensors": ("ldm", {}, False),
+    "bin": ("ldm", {}, True),
+    "sharded": ("ldm", {"max_shard_size": "10KB"}, False),
+    "sd fp16": ("sd", {"variant": "fp16"}, False),
+    "sd fp16, sharded": ("sd", {"variant": "fp16", "max_shard_size": "10KB"}, False),
+    "sd bin": ("sd", {}, True),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_folder_of_each_kind_and_layout_loads_and_draws(text, pipelines, tmp_path, layout, capfd):
+    kind, settings, old = LAYOUTS[layout]
+    pipelines[kind].save_pretrained(tmp_path / "model", **settings)
+    if old:
+        as_bin(tmp_path / "model")
+    if "max_shard_size" in settings:
+        assert list((tmp_path / "model" / "unet").glob("*.index*.json")), "the folder is sharded"
+    capfd.readouterr()
+    given = next(iter(text.HUB_TEXT.values())) if "variant" in settings else {}
+    model = text.TextModel("tiny", "hub", text.text_pipeline(str(tmp_path / "model"), **given))
+    assert type(model.pipe) is type(pipelines[kind])
+    for key, value in pipelines[kind].unet.state_dict().items():
+        assert torch.equal(model.pipe.unet.state_dict()[key], value), key
+    pictures = text.draw(model, ["a cat", ""], [0, 1], 2, 3.0)
+    assert pictures.shape == (2, 3, 32, 32)
+    assert pictures.dtype == torch.uint8
+    assert capfd.readouterr().err == "", "loading says nothing on stderr"
+
+
+@pytest.fixture(scope="module")
+def model(text, pipelines):
+    pipelines["ldm"].set_progress_bar_config(disable=True)
+    return text.TextModel("tiny", "bundled", pipelines["ldm"])
+
+
+@pytest.mark.parametrize("w", [1.0, 4.0])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_denoise_gives_the_pipelines_own_images(text, model, w, eta, monkeypatch):
+    latents, prompts = text.image_noise([3, 4], model.shape), ["red apple", "house, flat"]
+    drawn = text.draw(model, prompts, [3, 4], 4, w, eta)
+    step = iter(range(1, 5))
+    fresh = lambda shape, **_: text.image_noise([3, 4], shape[1:], next(step))  # noqa: E731
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddim.randn_tensor", fresh)
+    settings = {"guidance_scale": w, "num_inference_steps": 4, "eta": eta, "output_type": "pt"}
+    theirs = model.pipe(prompts, latents=latents, **settings).images
+    assert (text.to_uint8(theirs * 2 - 1).int() - drawn.int()).abs().max() <= 1
+
+
+def test_a_picture_belongs_to_its_prompt_and_seed(text, model):
+    together = text.draw(model, ["cat", "dog", "cat"], [5, 6, 7], 2, 4.0)
+    alone = text.draw(model, ["dog"], [6], 2, 4.0)
+    assert (together[1:2].int() - alone.int()).abs().max() <= 1
+    assert not torch.equal(together[0], together[2])
+
+
+def test_guidance_moves_from_without_text_along_the_difference(text, model):
+    z, prompts = text.image_noise([0, 1], model.shape), ["red apple", "cat"]
+    with torch.inference_mode():
+        without, told = model(z, 500), model(z, 500, model.tell(prompts))
+        for w in (0.0, 1.0, 2.5):
+            torch.testing.assert_close(text.guided(model, prompts, w)(z, 500), without + w * (told - without))
+    assert not torch.equal(without, told)
+
+
+# ------------------------------------------------------------------ faults
+
+
+def test_short_memory_offloads_and_plenty_does_not(text, pipelines, tmp_path, monkeypatch):
+    pipelines["sd"].save_pretrained(tmp_path / "model")
+    calls = []
+    monkeypatch.setattr(text, "DEVICE", types.SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(StableDiffusionPipeline, "to", lambda self, device: calls.append("to") or self)
+    monkeypatch.setattr(StableDiffusionPipeline, "enable_model_cpu_offload", lambda self: calls.append("offload"))
+    for free in (4e9, 40e9):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 80e9))
+        pipe = text.text_pipeline(str(tmp_path / "model"))
+        assert pipe.unet.dtype == torch.float16
+        assert pipe.vae.use_slicing
+    assert calls[0] == "offload"
+    assert calls[-1] == "to"
+
+
+BREAKS = {
+    "no weights": lambda f: (f / "unet/diffusion_pytorch_model.safetensors").unlink(),
+    "half the weights": lambda f: (f / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"\x10" * 100),
+    "half the text encoder": lambda f: (f / "text_encoder/model.safetensors").write_bytes(b""),
+    "no part": lambda f: [p.unlink() for p in (f / "scheduler").iterdir()],
+    "half an index": lambda f: (f / "model_index.json").write_text('{"_class_name": "Stable'),
+    "half a config": lambda f: (f / "unet/config.json").write_text("{"),
+    "no tokenizer": lambda f: [p.unlink() for p in (f / "tokenizer").iterdir()],
+    "nothing": lambda f: [p.unlink() for p in f.rglob("*") if p.is_file()],
+}
+
+
+@pytest.mark.parametrize("fault", BREAKS)
+def test_a_half_downloaded_folder_is_named(text, pipelines, tmp_path, fault):
+    pipelines["sd"].save_pretrained(tmp_path / "model")
+    BREAKS[fault](tmp_path / "model")
+    with pytest.raises(FileNotFoundError, match="not at hand, or not whole"):
+        text.text_pipeline(str(tmp_path / "model"))
+
+
+def test_what_cannot_be_had_is_one_line_each_and_the_run_goes_on(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(text, "BUNDLED", tmp_path)
+    monkeypatch.setattr(text, "SOURCE_IN_FORCE", "hub")
+    monkeypatch.setattr(text, "DEVICE", types.SimpleNamespace(type="cuda"))
+    text.minilm()
+    assert text.text_models() == []
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(text.HUB_TEXT) + 1
+    assert all("not at hand" in line for line in lines)
+
+
+def test_without_cuda_the_hub_is_left_alone(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(text, "BUNDLED", tmp_path)
+    monkeypatch.setattr(text, "SOURCE_IN_FORCE", "hub")
+    assert text.text_models() == []
+    assert "stable" not in capsys.readouterr().out
+
+
+REMARKS = [
+    ("red apple, flat", 5, 4.0, None),
+    ("", 5, 4.0, "empty"),
+    ("  ", 5, 4.0, "empty"),
+    ("apple " * 100, 5, 4.0, "cut from: 'apple"),
+    ("🍎", 5, 4.0, "does not know"),
+    ("красное яблоко", 5, 4.0, "not plain English"),
+    ("red apple", 5, 0.0, "ignored"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "steps", "w", "expected"), REMARKS)
+def test_what_a_request_cannot_mean_is_said(text, model, prompt, steps, w, expected):
+    remarks = text.check_request(model, prompt, steps, w)
+    assert (remarks == []) if expected is None else any(expected in remark for remark in remarks)
+
+
+def test_exactly_77_tokens_are_not_cut(text, model):
+    assert text.check_request(model, "apple " * 75, 5, 4.0) == []
+    assert "cut from" in text.check_request(model, "apple " * 76, 5, 4.0)[0]
+
+
+@pytest.mark.parametrize(("steps", "w"), [(0, 4.0), (-1, 4.0), (1001, 4.0), (5, -1.0), (5, float("nan")), (5, 1e6)])
+def test_an_impossible_request_is_refused_with_a_sentence(text, model, run, steps, w, capsys):
+    assert text.fulfil(model, "red apple", steps, w) == []
+    assert re.search(r"refused\. .* cannot be used; allowed: .*\.", capsys.readouterr().out)
+    assert not (run / "images").exists()
+
+
+@pytest.mark.parametrize(
+    "prompt", ["red apple, flat", "../../etc/passwd", "", "красное яблоко", "🍎", "a/b\\c:d*e\n\0", "x" * 500]
+)
+def test_pictures_have_safe_names_and_tell_how_they_were_made(text, model, run, prompt):
+    path = text.save_picture(torch.zeros(3, 8, 8, dtype=torch.uint8), model, prompt, 7, 5, 4.0)
+    assert path.parent == run / "images"
+    assert re.fullmatch(r"[a-z0-9-]{1,80}\.png", path.name)
+    facts = Image.open(path).text
+    told = {"model": "tiny", "prompt": prompt.replace("\0", ""), "seed": "7", "guidance": "4.0", "steps": "5"}
+    assert {key: facts[key].replace("\0", "") for key in told} == told
+
+
+def test_different_requests_do_not_overwrite_each_other(text, model, run):
+    black = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    asked = [("яблоко", 0, 5, 4.0), ("груша", 0, 5, 4.0), ("a b", 0, 5, 4.0), ("a,b", 0, 5, 4.0), ("a b", 1, 5, 4.0)]
+    asked += [("a b", 0, 6, 4.0), ("a b", 0, 5, 2.0)]
+    assert len({text.save_picture(black, model, *request) for request in asked}) == len(asked)
+
+
+# ------------------------------------------------------------------ the score
+
+
+def test_retrieval_finds_the_nearest_caption_after_standardising(text):
+    means = torch.eye(4)
+    reference = {"mean": torch.full((4,), 5.0), "std": torch.tensor([1.0, 2.0, 3.0, 4.0]), "seen": means.half()}
+    features = reference["mean"] + reference["std"] * (7 * means[[2, 0, 3]] + 0.1)
+    assert text.retrieved(features, reference, "seen").tolist() == [2, 0, 3]
+
+
+def test_top1_is_the_share_with_wilsons_interval(text, run):
+    text.begin("exercise-5")
+    row = text.top1(torch.arange(100) < 20, method="DDIM")
+    assert row.value == 0.2
+    assert (row.low, row.high) == pytest.approx((0.1333669, 0.2888292), abs=1e-6)  # by hand from Wilson's formula
+
+
+# ------------------------------------------------------------------ training
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory):
+    """A DATA_DIR with emoji.parquet: 9 captions of colour blocks in four styles, and a flag."""
+    rows, colours = [], np.random.default_rng(0)
+    for index in range(9):
+        for style in ("noto", "twemoji", "fluent3d", "openmoji"):
+            pixels, file = np.full((64, 64, 3), 255, np.uint8), io.BytesIO()
+            pixels[8 : 30 + 2 * index, 8:50] = colours.integers(0, 255, 3)
+            Image.fromarray(pixels).save(file, "PNG")
+            caption = f"thing {index}" if index else "flag Norway"
+            rows.append({"image": {"bytes": file.getvalue(), "path": None}, "caption": caption, "style": style})
+    folder = tmp_path_factory.mktemp("drawings")
+    pd.DataFrame(rows).to_parquet(folder / "emoji.parquet")
+    return folder
+
+
+@pytest.fixture
+def training(text, run, drawings, monkeypatch):
+    """The set-up with the training cells' definitions, DATA_DIR and a fresh OUTPUT."""
+    monkeypatch.setattr(text, "DATA_DIR", str(drawings))
+    monkeypatch.setattr(text, "TRAIN", ())
+    for cell_id, source in cells_tagged("training"):
+        execute(text, cell_id, source)
+    return text
+
+
+def test_flags_are_left_out_and_whole_captions_held_out(training):
+    images, rows = training.captioned_images()
+    assert images.shape == (32, 3, 64, 64)
+    assert not rows["caption"].str.startswith("flag").any()
+    assert set(rows["word"]) == {"shaded", "flat", "3D", "outlined"}
+    assert rows.groupby("caption")["heldout"].nunique().eq(1).all()
+    assert rows["caption"][rows["heldout"]].nunique() == training.TEXT_RECIPE.heldout
+
+
+def test_training_without_its_drawings_stops_with_a_sentence(training, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "DATA_DIR", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"emoji\.parquet is not there; it needs the columns"):
+        training.captioned_images()
+
+
+def test_a_killed_training_resumes_to_the_same_weights(training, run):
+    weights = []
+    for kill_at in (None, 3):
+        training.OUTPUT = run / str(kill_at)
+        for attempt in ("killed", "resumed"):
+            torch.manual_seed(0)
+            network, calls = torch.nn.Linear(4, 4), []
+
+            def loss_of(generator, network=network, attempt=attempt, calls=calls, kill_at=kill_at):
+                calls.append(1)
+                if attempt == "killed" and len(calls) == kill_at:
+                    raise KeyboardInterrupt
+                x = torch.randn(8, 4, generator=generator)
+                return (network(x) - x).square().mean()
+
+            try:
+                log = training.fit("stage", network, loss_of, 48, 8, save_every=0.0)
+                break
+            except KeyboardInterrupt:
+                continue
+        assert log["step"].tolist() == [1, 2, 3, 4, 5, 6]
+        weights.append(network.weight.detach())
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_training_in_small_writes_a_model_that_the_section_loads(training, run, monkeypatch, capsys):
+    monkeypatch.setattr(training, "TRAIN", ("text2image",))
+    execute(training, *next(c for c in cells_tagged("training") if c[0] == "training-text-run"))
+    folder = run / "checkpoints/text2image"
+    assert {p.name for p in folder.iterdir()} == {
+        "model_index.json", "scheduler", "unet", "vqvae", "reference.safetensors", "README.md",
+    }  # fmt: skip
+    assert training.weights_sha256(folder) in (folder / "README.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(training, "BUNDLED", run / "checkpoints")
+    (model,) = training.text_models()
+    assert model.pipe.scheduler.config.clip_sample is False
+    torch.testing.assert_close(model.alpha_bar, training.make_alpha_bar(training.CONFIG), rtol=1e-4, atol=0)
+    assert training.draw(model, ["thing 1, flat"], [0], 2, 4.0).shape == (1, 3, 64, 64)
+    reference, facts = training.caption_reference()
+    assert len(facts["unseen"]) == training.TEXT_RECIPE.heldout
+    assert not set(facts["seen"]) & set(facts["unseen"])
+    assert reference["seen"].shape == (len(facts["seen"]), len(reference["mean"]))
+    losses = training.results("training", metric="loss", dataset="text2image")
+    assert sorted(losses["detail"]) == ["unet", "vae"]
+
+
+# ------------------------------------------------------------------ the bundled model
+
+bundled = pytest.mark.skipif(not BUNDLED.exists(), reason="no text2image checkpoint is bundled")
+
+
+@bundled
+def test_the_cards_own_lines_draw_in_a_fresh_process(tmp_path):
+    card = (BUNDLED / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code = code.replace('"outputs/checkpoints/text2image"', repr(str(BUNDLED))) + "print(type(pipe).__name__)\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "LDMTextToImagePipeline", done.stderr
+    picture = np.asarray(Image.open(tmp_path / "apple.png")).astype(int)
+    assert picture.shape == (64, 64, 3)
+    assert picture[:4].mean() > 200, "drawings stand on white"
+    assert picture.std() > 10, "and are not blank"
+
+
+@bundled
+def test_the_bundled_folder_is_small_whole_and_without_the_text_encoder():
+    files = [p for p in BUNDLED.rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= 9e6
+    assert (BUNDLED / "reference.safetensors").stat().st_size < 2**20
+    assert not {"bert", "tokenizer"} & {p.name for p in BUNDLED.iterdir()}
+    weights = sorted(p for p in files if p.name == "diffusion_pytorch_model.safetensors")
+    assert all(t.dtype == torch.float16 for p in weights for t in load_file(p).values())
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in weights)).hexdigest()
+    card = (BUNDLED / "README.md").read_text(encoding="utf-8")
+    assert digest in card
+    for licence in ("Apache 2.0", "CC BY 4.0", "MIT", "CC BY-SA 4.0"):
+        assert licence in card
+
+
+@bundled
+def test_the_record_shows_the_bundled_model_above_chance():
+    path = ROOT / "outputs/results/exercise-5.csv"
+    if not Path(path).exists():
+        pytest.skip("exercise 5 is not in the record")
+    rows = pd.read_csv(path)
+    rows = rows[
+        (rows["metric"] == "caption_retrieval_top1") & rows["detail"].str.startswith("seen captions, w = 4", na=False)
+    ]
+    guided, shuffled = (rows[rows["method"] == method].iloc[0] for method in ("DDIM", "shuffled"))
+    assert guided["low"] > 0.01
+    assert guided["low"] > shuffled["value"]
