@@ -20,7 +20,7 @@ CHECKPOINTS = Path(__file__).parents[1] / "outputs/checkpoints"
 PLANS = {  # data set: (pipeline, steps, N), as in the notebook's PROFILES
     "quick": {
         "mnist": [(DDPMPipeline, 100, 128), (DDPMPipeline, 1000, 64), (DDIMPipeline, 50, 128)],
-        "cifar10": [(DDPMPipeline, 100, 32), (DDIMPipeline, 50, 32)],
+        "cifar10": [(DDPMPipeline, 100, 64), (DDIMPipeline, 50, 64)],
     },
     "full": {
         name: [(DDPMPipeline, 1000, 10_000), *((DDIMPipeline, steps, 10_000) for steps in (10, 20, 50, 100, 250, 1000))]
