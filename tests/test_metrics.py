@@ -333,10 +333,7 @@ def test_bundled_reference_is_loaded_whole(nb):
 
 def test_mean_interval_is_students(nb):
     sample = torch.tensor([1.0, 2.0, 4.0, 7.0])
-    mean, half = (
-        3.5,
-        3.182446305284263 * 2.6457513110645907 / 2,
-    )  # t of 3 degrees of freedom; standard deviation sqrt(7)
+    mean, half = 3.5, 3.182446305284263 * math.sqrt(7) / 2  # t of 3 degrees of freedom; standard deviation sqrt(7)
     assert nb.mean_interval(sample) == pytest.approx({"value": mean, "low": mean - half, "high": mean + half}, rel=1e-5)
 
 

@@ -386,7 +386,9 @@ def test_a_killed_training_resumes_to_the_same_weights(training, run):
                 return (network(x) - x).square().mean()
 
             try:
-                log = training.fit("stage", network, loss_of, 48, 8, save_every=0.0)
+                log = training.fit(
+                    "stage", network, loss_of, training.TEXT_RECIPE, 48, 8, training.OUTPUT / "stage.pt", 0.0
+                )
                 break
             except KeyboardInterrupt:
                 continue
