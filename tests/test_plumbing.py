@@ -1189,8 +1189,11 @@ def test_a_training_killed_while_saving_keeps_the_old_state(trainer, training_ce
     same_training(trainer("killed"), trainer("unbroken"))
 
 
-def test_a_finished_training_is_not_repeated(trainer):
+def test_a_finished_training_is_not_repeated(trainer, tmp_path):
     first = trainer("done")
+    drawn = sorted((tmp_path / "done").glob("seen-*.png"))
+    assert len(drawn) == 10, "samples along the way"
+    assert Image.open(drawn[0]).size == (8 * 8, 8), "eight in a row"
     again = trainer("done")
     assert trainer.losses == 0
     same_training(again, first)
@@ -1199,7 +1202,7 @@ def test_a_finished_training_is_not_repeated(trainer):
 def test_the_result_is_the_average_not_the_last_network(trainer, tmp_path):
     weights, _ = trainer("done")
     state = torch.load(tmp_path / "done" / "state.pt", weights_only=True)
-    assert any(not torch.equal(weights[key], state["unet"][key]) for key in weights)
+    assert any(not torch.equal(weights[key], state["network"][key]) for key in weights)
     for key, shadow in zip(weights, state["ema"]["shadow_params"], strict=True):
         assert torch.equal(weights[key], shadow), key
 
@@ -1212,7 +1215,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(trainer, tmp_p
     one_sentence(error)
     state = torch.load(tmp_path / "broken" / "state.pt", weights_only=True)
     assert state["step"] == 20
-    assert all(torch.isfinite(weight).all() for weight in state["unet"].values())
+    assert all(torch.isfinite(weight).all() for weight in state["network"].values())
     same_training(trainer("broken"), unbroken)
 
 
@@ -1393,7 +1396,7 @@ def test_a_failing_compiler_falls_back_with_one_line(nb, monkeypatch, capsys):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(nb.torch, "compile", broken)
-    assert nb.compiled(network, torch.zeros(1, 2)) is network
+    assert nb.compiled(network, (torch.zeros(1, 2),)) is network
     assert capsys.readouterr().out.count("\n") == 1
 
 
@@ -1407,7 +1410,7 @@ def test_a_compiler_that_fails_at_the_first_call_falls_back_too(nb, monkeypatch,
         return call
 
     monkeypatch.setattr(nb.torch, "compile", later)
-    assert nb.compiled(network, torch.zeros(1, 2)) is network
+    assert nb.compiled(network, (torch.zeros(1, 2),)) is network
 
 
 @pytest.mark.parametrize(
