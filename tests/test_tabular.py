@@ -1,6 +1,8 @@
 """Exercise 4: the table's types, its encoder, the generators and the scores, on small tables."""
 
+import functools
 import sys
+import types
 
 import numpy as np
 import pandas as pd
@@ -11,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 DEFINITIONS = ("begin", "infer", "read", "encoder", "model", "loss", "train", "sample")
-DEFINITIONS += ("similarity", "utility", "privacy", "baselines")
+DEFINITIONS += (
+    "multinomial",
+    "multinomial-loss",
+    "multinomial-sample",
+    "similarity",
+    "utility",
+    "privacy",
+    "baselines",
+)
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +200,74 @@ def test_a_row_belongs_to_its_seed(tab):
     network = tab.TabularNet(encoder.D, 8, 1)
     states = [list(tab.row_states(network, encoder.D, seeds, 4, 1.0))[-1].x for seeds in (range(20), range(10, 20))]
     assert torch.allclose(states[0][10:], states[1], atol=0.05)
+
+
+# ---------------------------------------------------------------- multinomial diffusion
+
+
+def levels_of(tab, *sizes, numbers=2):
+    encoder = types.SimpleNamespace(numbers=list(range(numbers)), levels={k: range(n) for k, n in enumerate(sizes)})
+    return tab.Levels(encoder)
+
+
+def test_packing_keeps_every_category_and_pads_the_rest(tab):
+    levels = levels_of(tab, 3, 5)
+    x = torch.tensor([[9.0, 9, -1, 1, -1, -1, -1, -1, -1, 1]])
+    hot = levels.pack(x)
+    assert hot.argmax(-1).tolist() == [[1, 4]]
+    assert hot.sum() == 2
+    assert torch.equal(2 * hot[:, levels.valid] - 1, x[:, 2:])
+
+
+@pytest.mark.parametrize(("t", "before"), [(1, 0), (500, 400), (999, 0), (300, None)])
+def test_a_step_back_is_bayes_rule(tab, t, before):
+    """q(c_prev | c_t, c_0) = q(c_t | c_prev) q(c_prev | c_0) / q(c_t | c_0), by the transition matrices."""
+    K, levels = 4, levels_of(tab, 4)
+    ab, ab_prev = float(tab.ALPHA_BAR[t]), 1.0 if before is None else float(tab.ALPHA_BAR[before])
+    eye = torch.eye(K, dtype=torch.float64)
+    forward = lambda a: a * eye + (1 - a) / K  # noqa: E731
+    for seen, clean in ((0, 0), (1, 3)):
+        truth = forward(ab / ab_prev)[:, seen] * forward(ab_prev)[clean] / forward(ab)[clean, seen]
+        found = levels.back(eye[None, None, seen], eye[None, None, clean], ab, ab_prev)[0, 0]
+        assert truth.sum() == pytest.approx(1)
+        assert torch.allclose(found, truth, atol=1e-6)
+    if before is None:
+        assert levels.back(eye[None, None, 1], eye[None, None, 3], ab, 1.0)[0, 0, 3] == 1, "the last step is the answer"
+
+
+def test_levels_are_picked_with_their_probabilities_and_padding_never(tab):
+    p = torch.tensor([[0.7, 0.2, 0.1, 0.0]]).expand(20_000, 1, 4)
+    drawn = tab.pick(p, torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(drawn.sum(-1), torch.ones(20_000, 1))
+    assert torch.allclose(drawn.mean(0)[0], torch.tensor([0.7, 0.2, 0.1, 0.0]), atol=0.015)
+
+
+def test_the_multinomial_variant_learns_the_relations_of_a_table(tab):
+    train = small_table(2000)
+    encoder = tab.TableEncoder(train)
+    levels, held_out = tab.Levels(encoder), encoder.encode(small_table(500, seed=1))
+    loss = functools.partial(tab.multinomial_loss, levels=levels)
+    network, losses = tab.train_table(encoder.encode(train)[None], held_out, 0, 600, loss, width=64, depth=2)
+    (first, _), *_, last = losses.values()
+    assert max(last) < 0.8 * first
+    x = tab.multinomial_rows(network, levels, range(1000), 50)
+    rows = encoder.decode(x)
+    assert set(x[:, 3:].unique().tolist()) == {-1.0, 1.0}, "categories end one-hot"
+    assert np.corrcoef(rows["a"], rows["b"])[0, 1] > 0.97
+    assert ((rows["a"] > 0) == (rows["d"] == "up")).mean() > 0.93
+    some = tab.multinomial_rows(network, levels, range(100, 200), 50)
+    assert (some[:, 3:] == x[100:200, 3:]).float().mean() > 0.98, "a row belongs to its seed"
+
+
+@pytest.mark.parametrize(("numbers", "sizes"), [(2, ()), (0, (2, 3))])
+def test_tables_of_numbers_or_of_categories_alone_can_be_learned(tab, numbers, sizes):
+    levels, D = levels_of(tab, *sizes, numbers=numbers), numbers + sum(sizes)
+    network = tab.TabularNet(D, 8, 1)
+    x0 = torch.randn(20, D).sign()
+    loss = tab.multinomial_loss(network, x0, levels)
+    assert torch.isfinite(loss)
+    assert loss > 0
+    assert tab.multinomial_rows(network, levels, range(7), 3).shape == (7, D)
 
 
 # ---------------------------------------------------------------- scores
