@@ -291,9 +291,7 @@ def test_x_T_is_shared_by_samplers_and_step_counts(nb, tiny):
 
 
 @pytest.mark.parametrize(
-    ("S", "settings"),
-    [(0, {}), (1001, {}), (5, {"spacing": "uniform"}), (5, {"eta": 2.0}), (5, {"variance": "large"})],
-    ids=str,
+    ("S", "settings"), [(0, {}), (1001, {}), (5, {"spacing": "uniform"}), (5, {"eta": 2.0}), (5, {"variance": "large"})], ids=str
 )
 def test_sampling_refuses_what_its_parts_refuse(nb, tiny, S, settings):
     with pytest.raises(ValueError, match="allowed"):
@@ -348,9 +346,7 @@ class Identity(torch.nn.Module):
 def test_the_wrapper_only_moves_pixels(nb, patch, channels, seed):
     """Round trip to the bit; so white noise stays white noise inside, and denoise may work on whole images."""
     x = nb.image_noise([seed], (channels, 8, 8))
-    checkpoint = nb.Checkpoint(
-        "id", "bundled", Identity(8 // patch), (channels, 8, 8), nb.make_alpha_bar(nb.CONFIG), ""
-    )
+    checkpoint = nb.Checkpoint("id", "bundled", Identity(8 // patch), (channels, 8, 8), nb.make_alpha_bar(nb.CONFIG), "")
     assert torch.equal(checkpoint(x, 5), x)
     inside = unshuffle(x, patch)
     assert torch.equal(inside.flatten().sort().values, x.flatten().sort().values)

@@ -167,9 +167,7 @@ def test_committed_figures_have_alternative_text_and_files(committed):
 
 
 def rows_of(folder):
-    frames = [
-        pd.read_csv(f, dtype=str, keep_default_na=False) for f in sorted(folder.glob("*.csv")) if f.stem != "runs"
-    ]
+    frames = [pd.read_csv(f, dtype=str, keep_default_na=False) for f in sorted(folder.glob("*.csv")) if f.stem != "runs"]
     return pd.concat(frames)
 
 
@@ -230,9 +228,7 @@ def test_the_record_lies_above_its_floor_and_below_its_controls():
 def test_numbers_of_the_readme_stand_in_the_record():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (table,) = re.findall(r"<!-- record -->\n(.*?)<!-- /record -->", text, re.S)
-    values = (
-        rows_of(ROOT / "outputs/results")[["value", "low", "high"]].replace("", "nan").astype(float).to_numpy().ravel()
-    )
+    values = rows_of(ROOT / "outputs/results")[["value", "low", "high"]].replace("", "nan").astype(float).to_numpy().ravel()
     values = [*values, *pd.read_csv(ROOT / "outputs/results/runs.csv")["minutes"]]
     numbers = re.findall(r"(?<![\w.-])\d+\.\d+", table)
     assert numbers
@@ -319,9 +315,7 @@ def test_bundled_checkpoint_loads_in_a_fresh_process():
     folders = [f for f in folders if "DDPMPipeline" in (f / "model_index.json").read_text()]
     assert sum(f.stat().st_size for folder in folders for f in folder.rglob("*")) < 20 * 2**20
     for folder in folders:
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, env=ENVIRONMENT
-        )
+        done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, env=ENVIRONMENT)
         config = json.loads((folder / "unet/config.json").read_text())
         size, channels = config["sample_size"], config["out_channels"]
         assert done.stdout.strip() == f"(1, {size}, {size}, {channels}) torch.float32", done.stderr
@@ -346,12 +340,8 @@ def test_two_processes_give_the_statistics_of_one(smoke, tmp_path):
 
 def test_a_failing_process_stops_the_launch_with_its_reason(tmp_path):
     script = tmp_path / "study.py"
-    source = "\n".join(
-        c.source for c in code_cells(nbformat.read(NOTEBOOK, 4)) if section_tag(c) in ("parameters", "setup")
-    )
+    source = "\n".join(c.source for c in code_cells(nbformat.read(NOTEBOOK, 4)) if section_tag(c) in ("parameters", "setup"))
     script.write_text(source + "\nif PROCESS.process_index == 1:\n    raise OSError('disk full on the second')\n")
-    done = subprocess.run(
-        [*LAUNCH, str(script)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([*LAUNCH, str(script)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert "disk full on the second" in done.stderr

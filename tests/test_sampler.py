@@ -205,9 +205,7 @@ def gaps(nb, kind, S, scheduler, alpha_bar, clip):
     single = x0_gap = 0.0
     scale = 1.0
     times = scheduler.timesteps.tolist()
-    states = nb.denoise(
-        smooth, x, alpha_bar, times, **settings, clip=clip, noise=lambda step: seeded((2, 1, 3, 3), step)
-    )
+    states = nb.denoise(smooth, x, alpha_bar, times, **settings, clip=clip, noise=lambda step: seeded((2, 1, 3, 3), step))
     for state in states:
         one = library_step(scheduler, settings, x, state.t, state.step)
         single = max(single, float((one.prev_sample - state.x).abs().max()))
@@ -361,9 +359,7 @@ def test_without_clip_x0_is_free(nb, alpha_bar):
 
 def test_clipping_is_on_unless_told_otherwise(nb, alpha_bar):
     x = 3 * seeded((4, 6), 2)
-    default, clipped = (
-        last_of(nb.denoise(smooth, x, alpha_bar, nb.step_list(8), **more)).x for more in ({}, {"clip": 1.0})
-    )
+    default, clipped = (last_of(nb.denoise(smooth, x, alpha_bar, nb.step_list(8), **more)).x for more in ({}, {"clip": 1.0}))
     assert torch.equal(default, clipped)
 
 
@@ -411,11 +407,7 @@ def test_any_shape_goes_through(nb, alpha_bar, shape):
     torch.testing.assert_close(got.flatten(), alone, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "times",
-    [[], [1, 2], [5, 5], [9, 3, 4], [1000, 0], [5, -1], [-1], [1000]],
-    ids=str,
-)
+@pytest.mark.parametrize("times", [[], [1, 2], [5, 5], [9, 3, 4], [1000, 0], [5, -1], [-1], [1000]], ids=str)
 @pytest.mark.parametrize("function", ["denoise", "invert"])
 def test_bad_times_are_refused(nb, alpha_bar, function, times):
     with pytest.raises(ValueError, match="t_list must"):
@@ -444,10 +436,7 @@ def test_bad_input_costs_no_network_evaluation(nb, alpha_bar):
         list(nb.denoise(lambda x, t: pytest.fail("evaluated"), torch.zeros(1, 2), alpha_bar, [9, 3, 4]))
 
 
-@given(
-    times=st.sets(st.integers(0, T - 1), min_size=1, max_size=8).map(lambda s: sorted(s, reverse=True)),
-    eta=st.floats(0, 1),
-)
+@given(times=st.sets(st.integers(0, T - 1), min_size=1, max_size=8).map(lambda s: sorted(s, reverse=True)), eta=st.floats(0, 1))
 def test_any_times_and_eta_keep_the_marginal_variance(nb, alpha_bar, times, eta):
     """DDIM lemma 1: with the true eps and x0, x is distributed as q(x_t | x0) for every eta and every sub-sequence.
 
@@ -530,9 +519,7 @@ def test_gaussian_ddim_is_affine_with_the_closed_form(nb, alpha_bar, S, spacing)
 def test_gaussian_samples_have_the_closed_forms_moments(nb, alpha_bar, S, eta):
     N, times = 10_000, nb.step_list(S, "linspace")
     noise = lambda step: seeded((N,), 100 + step)  # noqa: E731
-    x = last_of(
-        nb.denoise(gaussian_eps(alpha_bar), seeded((N,), 0), alpha_bar, times, eta=eta, clip=None, noise=noise)
-    ).x
+    x = last_of(nb.denoise(gaussian_eps(alpha_bar), seeded((N,), 0), alpha_bar, times, eta=eta, clip=None, noise=noise)).x
     mean, std = (ddpm_moments if eta else ddim_moments)(alpha_bar, times)
     # 5 standard errors of a mean and of a standard deviation; the draws are fixed, so this fails always or never
     assert float(x.mean()) == pytest.approx(mean, abs=5 * std / math.sqrt(N))
@@ -564,9 +551,7 @@ def test_inversion_returns_and_the_more_steps_the_closer(nb, alpha_bar):
         assert errors[2 * S] < 0.7 * errors[S]
     # the error of one step is of the order of its change of eps; at S = 400 that leaves about 1 % of the data's std
     assert errors[400] < 0.1 * STD
-    assert errors[50] > 1e-6, (
-        "the approximation of section 4.3 is not exact: an exact return means nothing was inverted"
-    )
+    assert errors[50] > 1e-6, "the approximation of section 4.3 is not exact: an exact return means nothing was inverted"
 
 
 def test_inversion_reaches_the_x_T_of_the_flow(nb, alpha_bar):

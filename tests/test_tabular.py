@@ -13,15 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 DEFINITIONS = ("begin", "infer", "read", "encoder", "model", "loss", "train", "sample")
-DEFINITIONS += (
-    "multinomial",
-    "multinomial-loss",
-    "multinomial-sample",
-    "similarity",
-    "utility",
-    "privacy",
-    "baselines",
-)
+DEFINITIONS += ("multinomial", "multinomial-loss", "multinomial-sample", "similarity", "utility", "privacy", "baselines")
 
 
 @pytest.fixture(scope="module")

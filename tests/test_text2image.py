@@ -93,14 +93,7 @@ def stable_diffusion(folder):
     )
     scheduler = PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)
     return StableDiffusionPipeline(
-        tiny_vae(),
-        CLIPTextModel(config),
-        tokenizer,
-        tiny_unet(16),
-        scheduler,
-        None,
-        None,
-        requires_safety_checker=False,
+        tiny_vae(), CLIPTextModel(config), tokenizer, tiny_unet(16), scheduler, None, None, requires_safety_checker=False
     )
 
 
@@ -108,12 +101,7 @@ def ldm(nb):
     """The classes of CompVis/ldm-text2im-large-256 with tiny random weights."""
     tokenizer, _ = nb.minilm()
     config = LDMBertConfig(
-        vocab_size=len(tokenizer),
-        encoder_layers=1,
-        encoder_ffn_dim=16,
-        encoder_attention_heads=2,
-        head_dim=8,
-        d_model=16,
+        vocab_size=len(tokenizer), encoder_layers=1, encoder_ffn_dim=16, encoder_attention_heads=2, head_dim=8, d_model=16
     )
     scheduler = DDIMScheduler(clip_sample=False, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     return LDMTextToImagePipeline(tiny_vae(), LDMBertModel(config), tokenizer, tiny_unet(16), scheduler)
@@ -386,9 +374,7 @@ def test_a_killed_training_resumes_to_the_same_weights(training, run):
                 return (network(x) - x).square().mean()
 
             try:
-                log = training.fit(
-                    "stage", network, loss_of, training.TEXT_RECIPE, 48, 8, training.OUTPUT / "stage.pt", 0.0
-                )
+                log = training.fit("stage", network, loss_of, training.TEXT_RECIPE, 48, 8, training.OUTPUT / "stage.pt", 0.0)
                 break
             except KeyboardInterrupt:
                 continue
@@ -457,9 +443,7 @@ def test_the_record_shows_the_bundled_model_above_chance():
     if not Path(path).exists():
         pytest.skip("exercise 5 is not in the record")
     rows = pd.read_csv(path)
-    rows = rows[
-        (rows["metric"] == "caption_retrieval_top1") & rows["detail"].str.startswith("seen captions, w = 4", na=False)
-    ]
+    rows = rows[(rows["metric"] == "caption_retrieval_top1") & rows["detail"].str.startswith("seen captions, w = 4", na=False)]
     guided, shuffled = (rows[rows["method"] == method].iloc[0] for method in ("DDIM", "shuffled"))
     assert guided["low"] > 0.01
     assert guided["low"] > shuffled["value"]
