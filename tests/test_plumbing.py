@@ -1227,14 +1227,34 @@ def test_training_learns(trainer):
 @pytest.mark.parametrize(("patch", "attention"), [(1, False), (2, False), (2, True)])
 def test_build_unet_has_the_recipes_shape(training_cells, monkeypatch, patch, attention):
     nb = training_cells
-    recipe = nb.Recipe((8, 16), (False, attention), images=8, data="", judged=(2, 2), patch=patch)
+    recipe = nb.Recipe((16, 16), (False, attention), images=8, data="", judged=(2, 2), patch=patch)
     monkeypatch.setitem(nb.RECIPES, "mnist", recipe)
     with torch.random.fork_rng():
         config = nb.build_unet("mnist").config
     assert (config.sample_size, config.in_channels, config.out_channels) == (28 // patch, patch**2, patch**2)
-    assert tuple(config.block_out_channels) == (8, 16)
+    assert tuple(config.block_out_channels) == (16, 16)
     assert ["Attn" in block for block in config.down_block_types] == [False, attention]
     assert ["Attn" in block for block in config.up_block_types] == [attention, False]
+
+
+@pytest.mark.parametrize("name", ["pokemon", "butterflies"])
+def test_a_shuffled_network_starts_as_the_identity_brightness_included(training_cells, name):
+    nb = training_cells
+    with torch.random.fork_rng():
+        unet = nb.build_unet(name).eval()
+        x = torch.randn(1, unet.config.in_channels, 16, 16)
+    with torch.inference_mode():
+        answer, brighter = unet(x, 999).sample, unet(x + 0.1, 999).sample
+    assert (answer - x).square().mean() < 1e-3
+    assert float((brighter - answer).mean()) == pytest.approx(0.1, rel=0.1), "a group norm alone would remove it"
+
+
+def test_the_focus_weights_the_loss_towards_large_t(training_cells):
+    nb = training_cells
+    alpha_bar, x0 = nb.make_alpha_bar(nb.CONFIG), torch.zeros(4000, 1, 2, 2)
+    silent = lambda x, t: types.SimpleNamespace(sample=torch.zeros_like(x))  # noqa: E731 -- its error is eps itself
+    loss = float(nb.training_loss(silent, x0, alpha_bar, torch.Generator().manual_seed(0), focus=0.3))
+    assert loss == pytest.approx(float(((1 - alpha_bar) / alpha_bar).pow(0.3).mean()), rel=0.1)
 
 
 def test_training_loss_is_the_error_of_the_noise(training_cells):
