@@ -1245,7 +1245,7 @@ def test_a_shuffled_network_starts_as_the_identity_brightness_included(training_
         x = torch.randn(1, unet.config.in_channels, 16, 16)
     with torch.inference_mode():
         answer, brighter = unet(x, 999).sample, unet(x + 0.1, 999).sample
-    assert (answer - x).square().mean() < 1e-3
+    assert (answer - x).square().mean() < 3e-3
     assert float((brighter - answer).mean()) == pytest.approx(0.1, rel=0.1), "a group norm alone would remove it"
 
 
