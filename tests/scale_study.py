@@ -13,7 +13,7 @@ from pathlib import Path
 
 from conftest import ROOT, cells_tagged, set_up
 
-N, STEPS = 128, 20
+N, STEPS = 64, 20
 BODY = f"""
 checkpoint = load_checkpoint("cifar10")
 measure(checkpoint, PROCESS.num_processes, 1)  # warm-up; other seeds and steps than below

@@ -13,6 +13,7 @@ import time
 import types
 import typing
 import urllib.error
+import weakref
 
 import numpy as np
 import pandas as pd
@@ -1402,6 +1403,22 @@ def test_out_of_memory_halves_the_batch_and_gives_the_same_images(nb, tiny, monk
     images = nb.sample_images(checkpoint, range(10), 3)
     assert (images.int() - expected.int()).abs().max() <= 1
     assert capsys.readouterr().out.count("out of memory") == 2
+
+
+def test_sampling_holds_one_state_at_a_time(nb, tiny, monkeypatch):
+    """At 1000 steps and 256 px the states of one batch would fill tens of gigabytes."""
+    whole, alive, most = nb.trajectory, weakref.WeakSet(), []
+
+    def watched(*arguments, **settings):
+        for state in whole(*arguments, **settings):
+            alive.add(state.x)
+            most.append(len(alive))
+            yield state
+
+    monkeypatch.setattr(nb, "trajectory", watched)
+    nb.sample_images(tiny(), range(2), 20)
+    assert len(most) == 20
+    assert max(most) <= 3
 
 
 def test_out_of_memory_with_one_image_is_an_error(nb, tiny, monkeypatch):
