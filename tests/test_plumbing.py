@@ -619,10 +619,15 @@ def test_measure_passes_its_settings_on(nb, tiny, counting):
     assert not torch.equal(free.features, default.features)
 
 
-def test_measured_chunks_hold_features_only(nb, tiny, counting):
-    nb.measure(tiny(), 4, 2)
-    stored = nb.load_file(next((nb.OUTPUT / "cache").glob("*.safetensors")))
-    assert {name: tuple(v.shape) for name, v in stored.items()} == {"features": (4, 6), "seconds": (1,)}
+def test_measured_chunks_hold_features_and_the_first_images_alone(nb, tiny, counting, monkeypatch):
+    monkeypatch.setattr(nb, "SEED", 7)
+    checkpoint = tiny()
+    measured = nb.measure(checkpoint, 40, 2, chunk=8)
+    stored = [nb.load_file(f) for f in (nb.OUTPUT / "cache").glob("*.safetensors")]
+    assert {tuple(v["features"].shape) for v in stored} == {(8, 6)}
+    assert sorted(len(v["first"]) for v in stored) == [0, 0, 0, 4, 8]
+    expected = counting.__wrapped__(checkpoint, range(7, 19), 2)
+    assert (measured.first.int() - expected.int()).abs().max() <= 1, "the images of the first twelve seeds"
 
 
 @pytest.fixture
@@ -1238,9 +1243,9 @@ def test_build_unet_has_the_recipes_shape(training_cells, monkeypatch, patch, at
     assert ["Attn" in block for block in config.up_block_types] == [attention, False]
 
 
-@pytest.mark.parametrize(("name", "bound"), [("pokemon", 1e-6), ("church", 2e-4)])
+@pytest.mark.parametrize(("name", "bound"), [("pokemon", 1e-6), ("butterflies", 1e-6), ("church", 2e-4)])
 def test_a_shuffled_network_starts_as_the_identity_whatever_brightness_and_contrast(training_cells, name, bound):
-    """pokemon's network has room to carry every channel twice, church's has not."""
+    """The first two have room to carry every channel twice, church's network has not."""
     nb = training_cells
     with torch.random.fork_rng():
         unet = nb.build_unet(name).eval()
@@ -1326,6 +1331,8 @@ def test_an_interval_not_given_reads_back_as_nan(nb, run):
         ({"low": 3.0, "high": 3.25}, "3.14 [3, 3.25]", "3.1 [3.0, 3.2]"),
         ({"low": float("nan"), "high": float("nan")}, "3.14", "3.1"),
         ({"low": None, "high": None}, "3.14", "3.1"),
+        ({"value": 1234.5, "low": 987.6, "high": 12345.0}, "1,230 [988, 12,300]", "1234.5 [987.6, 12345.0]"),
+        ({"value": 0.000123456}, "0.000123", "0.0"),
     ],
     ids=str,
 )
