@@ -341,3 +341,14 @@ def test_paired_rms_is_per_image_on_the_scale_of_the_sampler(nb):
     black, white = torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.full((2, 1, 4, 4), 255, dtype=torch.uint8)
     mixed = torch.cat([black[:1], white[:1]])
     assert nb.paired_rms(black, mixed).tolist() == [0.0, 2.0]
+
+
+@pytest.mark.parametrize("n", [2, 5, 30, 31, 64])
+def test_the_distance_of_few_images_is_the_distance(nb, n):
+    """Below N = D the trace is taken from an N x N matrix."""
+    draw = torch.Generator().manual_seed(n)
+    train, few = torch.randn(200, 30, generator=draw) @ torch.randn(30, 30, generator=draw), torch.randn(n, 30, generator=draw)
+    mean, cov = nb.moments(train)
+    assert nb.distance_to(few, mean, cov) == pytest.approx(nb.frechet_distance(*nb.moments(few), mean, cov), rel=1e-8)
+    with pytest.raises(ValueError, match="at least N = 2"):
+        nb.distance_to(few[:1], mean, cov)

@@ -658,6 +658,29 @@ def test_score_records_distance_kid_and_floor(nb, run, tiny, reference):
     assert (frame["value"] <= frame["high"].astype(float)).all()
 
 
+def test_a_difference_is_that_of_the_distances_and_decides_where_its_interval_leaves_out_zero(nb, run, tiny, reference):
+    nb.begin("s")
+    draw = torch.Generator().manual_seed(2)
+    near, far = torch.randn(64, 6, generator=draw), 1 + torch.randn(64, 6, generator=draw)
+    gap = nb.difference("s", tiny(), near, far, "near minus far")
+    assert gap.value == pytest.approx(reference.distance(near) - reference.distance(far))
+    assert gap.low < gap.value < gap.high < 0
+    assert nb.smaller(gap) is True
+    assert nb.smaller(nb.difference("s", tiny(), far, near, "far minus near")) is False
+    assert nb.smaller(nb.difference("s", tiny(), near, near.flip(0), "the same images in another order")) is None
+    stored = nb.results("s", detail="near minus far").iloc[0]
+    assert (stored["metric"], stored["N"], stored["value"]) == ("FD-EffNet difference", "64", gap.value)
+
+
+def test_the_difference_leaves_out_the_same_seeds_on_both_sides(nb, run, tiny, reference):
+    """Where both sides share what makes them scatter, the difference is known better than either distance."""
+    nb.begin("s")
+    shared = torch.randn(64, 6, generator=torch.Generator().manual_seed(3))
+    gap = nb.difference("s", tiny(), shared, shared + 0.02, "shifted")
+    alone = nb.jackknife(reference.distance, shared)
+    assert gap.high - gap.low < 0.2 * (alone[2] - alone[1])
+
+
 def test_without_a_reference_no_distance_is_given(nb, run, tiny, monkeypatch):
     monkeypatch.setattr(nb, "load_reference", lambda checkpoint: None)
     nb.begin("s")
@@ -943,9 +966,9 @@ def data_dir(nb, monkeypatch, tmp_path):
         return real(metric)
 
     monkeypatch.setattr(nb, "feature_network", without_inception)
-    nb.load_reference.cache_clear()
+    nb.reference_of.cache_clear()
     yield folder
-    nb.load_reference.cache_clear()
+    nb.reference_of.cache_clear()
 
 
 def fill(folder, layout, pictures):
@@ -1007,8 +1030,35 @@ def test_own_images_become_the_reference(nb, tiny, data_dir):
     assert int(bundled.n_real) != 16
 
 
+def test_own_statistics_are_computed_once_for_a_network_and_its_controls(nb, run, tiny, data_dir, monkeypatch):
+    fill(data_dir, "folder", [picture(k) for k in range(20)])
+    calls, real = [], nb.image_features
+    counted = nb.functools.wraps(real)(lambda *args: calls.append(len(args[0])) or real(*args))
+    monkeypatch.setattr(nb, "image_features", counted)
+    first = nb.load_reference(tiny(1, 28, name="mnist"))
+    assert nb.load_reference(tiny(1, 28, name="mnist", control="untrained")) is first
+    nb.reference_of.cache_clear()  # as in another sitting
+    again = nb.load_reference(tiny(1, 28, name="mnist"))
+    assert calls == [16, 4]
+    assert torch.equal(again.floors, first.floors)
+    assert (again.metric, int(again.n_real)) == ("FD-EffNet", 16)
+
+
+def test_a_hub_data_set_that_is_gone_costs_the_distance_not_the_run(nb, tiny, monkeypatch, capsys):
+    nb.reference_of.cache_clear()
+    monkeypatch.setattr(nb, "real_source", lambda name: {"path": "no/such", "streaming": True})
+
+    def gone(name, most):
+        raise FileNotFoundError(f"{name}: no images could be read from no/such.")
+
+    monkeypatch.setattr(nb, "real_images", gone)
+    assert nb.load_reference(tiny(1, 28, name="mnist", source="hub")) is None
+    assert capsys.readouterr().out.count("\n") == 1
+    nb.reference_of.cache_clear()
+
+
 def test_without_own_images_a_bundled_network_keeps_its_own_reference(nb, tiny, monkeypatch):
-    nb.load_reference.cache_clear()
+    nb.reference_of.cache_clear()
     reference = nb.load_reference(tiny(1, 28, name="mnist"))
     stored = nb.load_file(nb.BUNDLED / "mnist" / "reference.safetensors")
     assert torch.equal(reference.mean, stored["mean"])
@@ -1187,6 +1237,17 @@ def test_a_training_killed_while_saving_keeps_the_old_state(trainer, training_ce
             trainer("killed")
     assert len(pd_log(tmp_path / "killed")) == 9
     same_training(trainer("killed"), trainer("unbroken"))
+
+
+def test_a_state_of_other_images_or_another_recipe_is_refused(trainer, training_cells, monkeypatch, tmp_path):
+    nb = training_cells
+    trainer("one")
+    other = torch.zeros(40, 1, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="belongs to another training"):
+        nb.train("mnist", other, tmp_path / "one")
+    monkeypatch.setitem(nb.RECIPES, "mnist", nb.replace(nb.RECIPES["mnist"], batch=4))
+    with pytest.raises(ValueError, match="belongs to another training"):
+        trainer("one")
 
 
 def test_a_finished_training_is_not_repeated(trainer, tmp_path):
@@ -1426,6 +1487,21 @@ def test_sampling_holds_one_state_at_a_time(nb, tiny, monkeypatch):
     nb.sample_images(tiny(), range(2), 20)
     assert len(most) == 20
     assert max(most) <= 3
+
+
+def test_timing_halves_its_batch_when_memory_runs_out(nb, tiny, monkeypatch):
+    checkpoint, sizes = tiny(), []
+
+    def small_card(self, x, t):
+        sizes.append(len(x))
+        if len(x) > 4:
+            raise torch.OutOfMemoryError("full")
+        return x
+
+    monkeypatch.setattr(nb.Checkpoint, "__call__", small_card)
+    monkeypatch.setattr(nb, "batch_of", lambda checkpoint: 16)
+    assert nb.seconds_per_evaluation.__wrapped__(checkpoint) > 0
+    assert sizes == [16, 8, 4, 4, 4, 4]
 
 
 def test_out_of_memory_with_one_image_is_an_error(nb, tiny, monkeypatch):
