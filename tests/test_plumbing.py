@@ -1537,12 +1537,21 @@ def test_a_compiler_that_fails_at_the_first_call_falls_back_too(nb, monkeypatch,
     assert nb.compiled(network, (torch.zeros(1, 2),)) is network
 
 
-@pytest.mark.parametrize(("has", "widths", "expected"), [(True, 64, "bfloat16"), (True, 16, "float32"), (False, 64, "float32")])
-def test_precision_follows_device_and_width(nb, tiny, monkeypatch, has, widths, expected):
+@pytest.mark.parametrize(
+    ("has", "width", "patch", "expected"),
+    [
+        (True, 64, 1, "bfloat16"),
+        (True, 64, 2, "bfloat16"),
+        (True, 64, 4, "float32"),
+        (True, 16, 1, "float32"),
+        (False, 64, 1, "float32"),
+    ],
+)
+def test_precision_follows_device_width_and_patch(nb, tiny, monkeypatch, has, width, patch, expected):
     monkeypatch.setattr(nb, "HAS_BF16", has)
     checkpoint = tiny()
-    unet = types.SimpleNamespace(config=types.SimpleNamespace(block_out_channels=(widths, 64)))
-    assert str(nb.replace(checkpoint, unet=unet).dtype) == f"torch.{expected}"
+    config = types.SimpleNamespace(block_out_channels=(width, 64), sample_size=checkpoint.shape[1] // patch)
+    assert str(nb.replace(checkpoint, unet=types.SimpleNamespace(config=config)).dtype) == f"torch.{expected}"
 
 
 def test_minutes_grow_with_every_result(nb, run, clock):
