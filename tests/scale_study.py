@@ -21,9 +21,11 @@ PROCESS.wait_for_everyone()
 started = time.perf_counter()
 features = measure(checkpoint, {N}, {STEPS}, chunk={N // 8}).features
 seconds = time.perf_counter() - started
-distance = load_reference(checkpoint).distance(features)
+reference = load_reference(checkpoint)
+value, low, high = jackknife(reference.distance, features)
 if PROCESS.is_main_process:
-    facts = {{"processes": PROCESS.num_processes, "threads": torch.get_num_threads(), "seconds": seconds, "distance": distance}}
+    facts = {{"processes": PROCESS.num_processes, "threads": torch.get_num_threads(), "seconds": seconds}}
+    facts["distance"] = {{"value": value, "low": low, "high": high, "n_real": int(reference.n_real)}}
     Path(OUTPUT_DIR, "facts.json").write_text(json.dumps(facts))
 """
 
@@ -61,8 +63,8 @@ def main():
         label = label.format(**facts[0])
         low, middle, high = speeds[way]
         nb.record("scale-study", "images_per_s", middle, low=low, high=high, detail=label, **about)
-        nb.record("scale-study", "FD-EffNet", facts[0]["distance"], detail=label, **about)
-        print(f"{label}: {middle:.2f} images/s [{low:.2f}, {high:.2f}], distance {facts[0]['distance']:.4f}")
+        nb.record("scale-study", "FD-EffNet", **facts[0]["distance"], detail=label, **about)
+        print(f"{label}: {middle:.2f} images/s [{low:.2f}, {high:.2f}], distance {facts[0]['distance']['value']:.4f}")
     ratios = sorted(one["seconds"] / many["seconds"] for one, many in zip(*found.values(), strict=True))
     ratio = nb.record("scale-study", "images_per_s_ratio", ratios[1], low=ratios[0], high=ratios[2], **about)
     nb.finish("scale-study")
