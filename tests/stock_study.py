@@ -22,22 +22,22 @@ CHECKPOINTS = ROOT / "outputs/checkpoints"
 @torch.no_grad()
 def features(network, images):
     parts = []
-    for part in torch.from_numpy(images).permute(0, 3, 1, 2).split(64):
+    for part in images.split(64):
         x = torch.nn.functional.interpolate(part.expand(-1, 3, -1, -1) * 2 - 1, size=(224, 224), mode="bilinear", antialias=True)
         parts.append(network.blocks(network.bn1(network.conv_stem(x))).mean((2, 3)))
     return torch.cat(parts).double().numpy()
 
 
-def stock(network, name, method, steps, count):
-    """The distance of `count` images by diffusers' pipeline, sampled 16 at once."""
+def stock(network, name, patch, method, steps, count):
+    """The distance of `count` images by diffusers' pipeline, sampled 16 at once; patch: the pixel-unshuffle factor."""
     reference = load_file(CHECKPOINTS / name / "reference.safetensors")
     mean, cov = reference["mean"].double().numpy(), reference["cov"].double().numpy()
     kind = {"DDPM": DDPMPipeline, "DDIM": DDIMPipeline}[method]
     pipeline = kind.from_pretrained(CHECKPOINTS / name, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     batches = [min(16, count - start) for start in range(0, count, 16)]
-    images = [pipeline(batch_size=b, num_inference_steps=steps, output_type="np").images for b in batches]
-    found = features(network, np.concatenate(images))
+    images = torch.cat([pipeline(batch_size=b, num_inference_steps=steps, output_type="pt").images for b in batches])
+    found = features(network, torch.nn.functional.pixel_shuffle(images, patch))
     root = scipy.linalg.sqrtm(np.cov(found.T) @ cov).real
     return np.square(found.mean(0) - mean).sum() + np.trace(np.cov(found.T) + cov - 2 * root)
 
@@ -54,7 +54,7 @@ def main():
         rows = [("DDPM", 1.0, S, plan.N_long if S == 1000 and plan.N_long else plan.N) for S in plan.ddpm]
         for method, eta, steps, count in [*rows, *(("DDIM", 0.0, S, plan.N) for S in plan.ddim)]:
             ways = {
-                "stock parts": lambda: stock(network, name, method, steps, count),  # noqa: B023 -- called at once
+                "stock parts": lambda: stock(network, name, checkpoint.patch, method, steps, count),  # noqa: B023 -- called at once
                 "this notebook": lambda: nb.load_reference(checkpoint).distance(  # noqa: B023
                     nb.measure(checkpoint, count, steps, eta).features  # noqa: B023
                 ),

@@ -20,7 +20,6 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "hw.diffusion.ipynb"
 SECTIONS = ["foundations", *(f"exercise-{i}" for i in range(1, 6)), "stability", "speed"]
 ORDER = ["parameters", "setup", "foundations", *(f"exercise-{i}" for i in range(1, 6)), "stability", "speed", "summary"]
-ORDER += ["training"]
 COLUMNS = ["run", "metric", "value", "low", "high", "N", "n_real", "dataset", "method", "eta", "variance", "spacing"]
 COLUMNS += ["steps", "seed", "detail"]
 ENVIRONMENT = os.environ | {  # every way out is closed: a proxy where nothing listens
@@ -97,7 +96,7 @@ def test_cell_ids_are_names_and_unique(committed):
 
 def test_cells_are_small(committed):
     lines = sorted(sum(bool(line.strip()) for line in c.source.splitlines()) for c in code_cells(committed))
-    assert len(lines) <= 180
+    assert len(lines) <= 165
     assert lines[len(lines) // 2] <= 20
     assert lines[-1] <= 60
     assert not any(re.match(r"\s*[%!]", line) for c in code_cells(committed) for line in c.source.splitlines())
@@ -125,7 +124,7 @@ def test_internal_links_lead_to_headings(committed):
 def test_tracked_files_are_small_and_hold_no_images_of_data():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     files = [ROOT / name for name in listed.split("\0") if name]
-    assert sum(f.stat().st_size for f in files if f.exists()) < 40 * 2**20
+    assert sum(f.stat().st_size for f in files if f.exists()) < 70 * 2**20
     assert not [f for f in files if f.suffix in {".parquet", ".jpg", ".jpeg", ".pkl", ".pt", ".bin"}]
 
 
@@ -313,7 +312,7 @@ def test_bundled_checkpoint_loads_in_a_fresh_process():
     )
     folders = [f for f in sorted((ROOT / "outputs/checkpoints").iterdir()) if (f / "model_index.json").exists()]
     folders = [f for f in folders if "DDPMPipeline" in (f / "model_index.json").read_text()]
-    assert sum(f.stat().st_size for folder in folders for f in folder.rglob("*")) < 20 * 10**6
+    assert all(sum(f.stat().st_size for f in folder.rglob("*")) < 14 * 10**6 for folder in folders)
     for folder in folders:
         done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, env=ENVIRONMENT)
         config = json.loads((folder / "unet/config.json").read_text())

@@ -19,8 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import cells_tagged, execute
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
 DESIGN_NAMES = [
@@ -106,9 +105,6 @@ def test_profiles_are_one_table_of_known_data_sets(nb):
         ("TABLE", 5, "CSV"),
         ("PROMPTS", "red apple", "list of texts"),
         ("PROMPTS", [1], "list of texts"),
-        ("TRAIN", ("imagenet",), "mnist"),
-        ("TRAIN", "mnist", "mnist"),
-        ("TRAIN", None, "mnist"),
     ],
 )
 def test_a_wrong_parameter_stops_set_up(setup_with, parameter, value, allowed):
@@ -124,7 +120,7 @@ def test_a_wrong_parameter_stops_set_up(setup_with, parameter, value, allowed):
     [
         {},
         {"PROFILE": "smoke", "SOURCE": "hub", "SEED": 2**31 - 1, "CAPTURE_EVERY": 1},
-        {"DATASETS": ["mnist"], "TRAIN": ["mnist"], "DATA_DIR": os.path.dirname(__file__)},
+        {"DATASETS": ["mnist"], "DATA_DIR": os.path.dirname(__file__)},
     ],
     ids=["defaults", "edges", "lists"],
 )
@@ -136,7 +132,7 @@ def test_right_parameters_pass(setup_with, parameters):
 def test_the_defaults_are_the_designs(setup_with):
     module = setup_with()
     assert (module.PROFILE, module.SOURCE, module.DATA_DIR, module.SEED) == ("auto", "auto", "", 0)
-    assert (module.OUTPUT_DIR, module.TRAIN) == ("outputs/run", ())
+    assert module.OUTPUT_DIR == "outputs/run"
     assert tuple(module.DATASETS) == ("mnist", "cifar10", "pokemon", "butterflies", "church")
 
 
@@ -796,6 +792,87 @@ def test_a_network_keeps_its_own_schedule(nb, copied, fresh, tiny):
     torch.testing.assert_close(fresh("mnist").alpha_bar, scheduler.alphas_cumprod.double(), rtol=1e-6, atol=0)
 
 
+def unconditional(**changes):
+    """A small network of mnist's shape with another config than the notebook can serve."""
+    settings = {"sample_size": 28, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 8), "norm_num_groups": 4}
+    settings |= {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "layers_per_block": 1}
+    return UNet2DModel(**settings | changes)
+
+
+@pytest.mark.parametrize(
+    ("network", "schedule", "reason"),
+    [
+        ({"num_class_embeds": 10}, {}, "told a class"),
+        ({"class_embed_type": "timestep"}, {}, "told a class"),
+        ({"out_channels": 2}, {}, "variance"),
+        ({}, {"variance_type": "learned_range"}, "variance"),
+        ({"sample_size": (28, 24)}, {}, r"size .*28, 24.* is not one number"),
+        ({"sample_size": None}, {}, "size None is not one number"),
+        ({}, {"num_train_timesteps": 4000}, "T = 4000, not 1000"),
+        ({}, {"rescale_betas_zero_snr": True}, "ends in pure noise"),
+    ],
+)
+def test_a_network_that_cannot_be_served_is_refused(copied, fresh, network, schedule, reason):
+    DDPMPipeline(unconditional(**network), DDPMScheduler(**schedule)).save_pretrained(copied)
+    card(copied)
+    with pytest.raises(ValueError, match=f"mnist: the bundled network cannot be used here, because .*{reason}") as error:
+        fresh("mnist")
+    one_sentence(error)
+
+
+def test_an_unknown_objective_is_refused(copied, fresh, tiny):
+    DDPMPipeline(tiny(1, 28).unet, DDPMScheduler()).save_pretrained(copied)
+    config = copied / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"epsilon"', '"flow"'))
+    card(copied)
+    with pytest.raises(ValueError, match="it predicts 'flow'"):
+        fresh("mnist")
+
+
+def test_a_size_written_as_a_list_is_served(nb, copied, fresh):
+    DDPMPipeline(unconditional(sample_size=(28, 28)), DDPMScheduler()).save_pretrained(copied)
+    card(copied)
+    assert fresh("mnist").patch == 1
+    assert nb.sample_images(fresh("mnist"), [0], 1).shape == (1, 1, 28, 28)
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction", "sample"])
+def test_every_objective_samples_as_in_diffusers(nb, copied, fresh, tiny, predicts, patch):
+    """A folder's own pipeline and schedulers beside `denoise`: DDIM, DDPM, the same noise, the same pictures."""
+    settings = {"beta_start": 1e-4, "beta_end": 0.02, "clip_sample": True, "prediction_type": predicts}
+    unet = tiny(1, 28, patch).unet
+    DDPMPipeline(unet, DDPMScheduler(**settings)).save_pretrained(copied)
+    card(copied)
+    checkpoint, steps = fresh("mnist"), 10
+    assert checkpoint.predicts == predicts
+    unshuffle = torch.nn.functional.pixel_unshuffle
+    x_T = unshuffle(nb.image_noise(range(3), (1, 28, 28)), patch)
+    for eta, kind in ((0.0, DDIMScheduler), (1.0, DDPMScheduler)):
+        scheduler, x = kind(**settings), x_T
+        scheduler.set_timesteps(steps)
+        draws = [torch.randn(x.shape, generator=torch.Generator().manual_seed(step)) for step in range(steps)]
+        with torch.inference_mode():
+            for step, t in enumerate(scheduler.timesteps.tolist()):
+                given = {"use_clipped_model_output": True} if eta == 0 else {"generator": torch.Generator().manual_seed(step)}
+                x = scheduler.step(unet(x, t).sample, t, x, **given).prev_sample
+            noise = lambda step, draws=draws: torch.nn.functional.pixel_shuffle(draws[step], patch)  # noqa: E731
+            shuffled, alpha_bar = torch.nn.functional.pixel_shuffle(x_T, patch), checkpoint.alpha_bar
+            states = nb.denoise(checkpoint, shuffled, alpha_bar, nb.step_list(steps), eta=eta, noise=noise)
+            torch.testing.assert_close(unshuffle(nb.last_state(states).x, patch), x, rtol=0, atol=2e-4)
+    pipeline = DDIMPipeline.from_pretrained(copied)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        2, generator=torch.Generator().manual_seed(0), num_inference_steps=5, use_clipped_model_output=True, output_type="pt"
+    )
+    x_T = torch.randn(2, patch**2, 28 // patch, 28 // patch, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        shuffled = torch.nn.functional.pixel_shuffle(x_T, patch)
+        ours = nb.last_state(nb.denoise(checkpoint, shuffled, checkpoint.alpha_bar, nb.step_list(5))).x
+    theirs = torch.nn.functional.pixel_shuffle(theirs.images, patch)
+    assert (nb.to_uint8(ours).int() - (theirs * 255).round().int()).abs().max() <= 1, "the same pictures"
+
+
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "church"])
 def test_no_network_at_hand_names_the_hubs(nb, fresh, monkeypatch, tmp_path, name):
     monkeypatch.setattr(nb, "BUNDLED", tmp_path)
@@ -1143,234 +1220,6 @@ def test_an_unreadable_image_is_named(nb, data_dir, layout, harm):
         assert re.search(r"\b[45]\b", message), "the row, counted from 0 or 1"
 
 
-# ---------------------------------------------------------------------------------------------------- training
-
-
-@pytest.fixture(scope="module")
-def training_cells(nb):
-    """The set-up with the training cells executed as well; the last one, which trains, is left out."""
-    for cell_id, source in cells_tagged("training"):
-        if cell_id != "training-run":
-            execute(nb, cell_id, source)
-    return nb
-
-
-STEPS = 48
-
-
-@pytest.fixture
-def trainer(training_cells, run, monkeypatch, tmp_path):
-    """A function: train a tiny network in a folder of tmp_path; `trainer.harm`: step -> what becomes of its loss."""
-    nb = training_cells
-    recipe = nb.Recipe((8, 16), (False, False), images=8 * STEPS, data="", judged=(2, 2), batch=8, warmup=5, flip=True)
-    monkeypatch.setitem(nb.RECIPES, "mnist", recipe)
-    monkeypatch.setitem(nb.DATA, "mnist", nb.replace(nb.DATA["mnist"], size=8))
-    images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    real = nb.training_loss
-
-    def train(folder, harm=None, at=0, save_every=0.0):
-        train.losses = 0
-
-        def loss(*args):
-            step = len(pd_log(tmp_path / folder)) if save_every == 0 else train.losses
-            train.losses += 1
-            value = real(*args)
-            return harm(value) if harm and step == at else value
-
-        monkeypatch.setattr(nb, "training_loss", loss)
-        with torch.random.fork_rng():
-            unet, log = nb.train("mnist", images, tmp_path / folder, save_every)
-        return unet.state_dict(), log
-
-    return train
-
-
-def pd_log(folder):
-    """The log stored with the training state: with save_every=0, one line for every finished step."""
-    path = folder / "state.pt"
-    return torch.load(path, weights_only=True)["log"] if path.exists() else []
-
-
-def killed(loss):
-    raise KeyboardInterrupt
-
-
-def same_training(first, second):
-    for key in first[0]:
-        assert torch.equal(first[0][key], second[0][key]), key
-    columns = ["step", "images", "loss", "grad_norm"]
-    pd.testing.assert_frame_equal(first[1][columns], second[1][columns], check_exact=True)
-
-
-@pytest.mark.parametrize("at", [0, 1, 20, STEPS - 1])
-def test_a_killed_training_resumes_to_the_same_network(trainer, at):
-    unbroken = trainer("unbroken")
-    with pytest.raises(KeyboardInterrupt):
-        trainer("killed", killed, at)
-    resumed = trainer("killed")
-    assert trainer.losses == STEPS - at, "no finished step twice"
-    same_training(resumed, unbroken)
-    assert unbroken[1]["step"].tolist() == list(range(1, STEPS + 1))
-
-
-def test_a_training_killed_before_its_first_save_starts_again(trainer, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        trainer("killed", killed, 20, save_every=1e9)
-    assert not (tmp_path / "killed" / "state.pt").exists()
-    resumed, unbroken = trainer("killed", save_every=1e9), trainer("unbroken", save_every=1e9)
-    same_training(resumed, unbroken)
-    assert len(resumed[1]) == 1, "one line, at the end"
-
-
-def test_a_training_killed_while_saving_keeps_the_old_state(trainer, training_cells, monkeypatch, tmp_path):
-    replace, saves = os.replace, []
-
-    def dies(source, target):
-        saves.append(target)
-        if len(saves) == 10:
-            raise OSError(28, "No space left on device")
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training_cells.os, "replace", dies)
-        with pytest.raises(OSError, match="No space"):
-            trainer("killed")
-    assert len(pd_log(tmp_path / "killed")) == 9
-    same_training(trainer("killed"), trainer("unbroken"))
-
-
-def test_a_state_of_other_images_or_another_recipe_is_refused(trainer, training_cells, monkeypatch, tmp_path):
-    nb = training_cells
-    trainer("one")
-    other = torch.zeros(40, 1, 8, 8, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="belongs to another training"):
-        nb.train("mnist", other, tmp_path / "one")
-    monkeypatch.setitem(nb.RECIPES, "mnist", nb.replace(nb.RECIPES["mnist"], batch=4))
-    with pytest.raises(ValueError, match="belongs to another training"):
-        trainer("one")
-
-
-def test_a_finished_training_is_not_repeated(trainer, tmp_path):
-    first = trainer("done")
-    drawn = sorted((tmp_path / "done").glob("seen-*.png"))
-    assert len(drawn) == 10, "samples along the way"
-    assert Image.open(drawn[0]).size == (8 * 8, 8), "eight in a row"
-    again = trainer("done")
-    assert trainer.losses == 0
-    same_training(again, first)
-
-
-def test_the_result_is_the_average_not_the_last_network(trainer, tmp_path):
-    weights, _ = trainer("done")
-    state = torch.load(tmp_path / "done" / "state.pt", weights_only=True)
-    assert any(not torch.equal(weights[key], state["network"][key]) for key in weights)
-    for key, shadow in zip(weights, state["ema"]["shadow_params"], strict=True):
-        assert torch.equal(weights[key], shadow), key
-
-
-@pytest.mark.parametrize("number", [float("nan"), float("inf")], ids=str)
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(trainer, tmp_path, number):
-    unbroken = trainer("unbroken")
-    with pytest.raises(FloatingPointError, match=r"mnist.*\b20\b") as error:
-        trainer("broken", lambda loss: loss * number, 20)
-    one_sentence(error)
-    state = torch.load(tmp_path / "broken" / "state.pt", weights_only=True)
-    assert state["step"] == 20
-    assert all(torch.isfinite(weight).all() for weight in state["network"].values())
-    same_training(trainer("broken"), unbroken)
-
-
-def test_the_training_state_is_written_before_a_bad_first_step_only_if_there_is_one(trainer, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"step 0\b"):
-        trainer("broken", lambda loss: loss * float("nan"), 0)
-    assert not (tmp_path / "broken" / "state.pt").exists()
-
-
-def test_training_learns(trainer):
-    _, log = trainer("done")
-    assert log["loss"].tail(10).mean() < 0.9 * log["loss"].head(5).mean()
-
-
-@pytest.mark.parametrize(("patch", "attention"), [(1, False), (2, False), (2, True)])
-def test_build_unet_has_the_recipes_shape(training_cells, monkeypatch, patch, attention):
-    nb = training_cells
-    recipe = nb.Recipe((16, 16), (False, attention), images=8, data="", judged=(2, 2), patch=patch)
-    monkeypatch.setitem(nb.RECIPES, "mnist", recipe)
-    with torch.random.fork_rng():
-        config = nb.build_unet("mnist").config
-    assert (config.sample_size, config.in_channels, config.out_channels) == (28 // patch, patch**2, patch**2)
-    assert tuple(config.block_out_channels) == (16, 16)
-    assert ["Attn" in block for block in config.down_block_types] == [False, attention]
-    assert ["Attn" in block for block in config.up_block_types] == [attention, False]
-
-
-@pytest.mark.parametrize(("name", "bound"), [("pokemon", 1e-6), ("butterflies", 1e-6), ("church", 2e-4)])
-def test_a_shuffled_network_starts_as_the_identity_whatever_brightness_and_contrast(training_cells, name, bound):
-    """The first two have room to carry every channel twice, church's network has not."""
-    nb = training_cells
-    with torch.random.fork_rng():
-        unet = nb.build_unet(name).eval()
-    x = torch.randn(2, unet.config.in_channels, 32, 32, generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        for changed, factor in ((x, 1), (0.97 * x, 10), (x + 0.1, 10)):  # a group norm alone would undo both changes
-            assert (unet(changed, 999).sample - changed).square().mean() < factor * bound
-
-
-def test_a_network_too_narrow_to_carry_its_input_is_refused(training_cells, monkeypatch):
-    nb = training_cells
-    narrow = nb.replace(nb.RECIPES["church"], channels=(48, 40, 56, 72))
-    monkeypatch.setitem(nb.RECIPES, "church", narrow)
-    with torch.random.fork_rng(), pytest.raises(ValueError, match="48 channels in 4 groups cannot carry 48 inputs"):
-        nb.build_unet("church")
-
-
-def test_the_focus_weights_the_loss_towards_large_t(training_cells):
-    nb = training_cells
-    alpha_bar, x0 = nb.make_alpha_bar(nb.CONFIG), torch.zeros(4000, 1, 2, 2)
-    silent = lambda x, t: types.SimpleNamespace(sample=torch.zeros_like(x))  # noqa: E731 -- its error is eps itself
-    loss = float(nb.training_loss(silent, x0, alpha_bar, torch.Generator().manual_seed(0), focus=0.3))
-    assert loss == pytest.approx(float(((1 - alpha_bar) / alpha_bar).pow(0.3).clamp(min=1).mean()), rel=0.1)
-
-
-def test_training_loss_is_the_error_of_the_noise(training_cells):
-    """A network that knows x0 recovers eps exactly; one that answers zero has the noise's own power."""
-    nb = training_cells
-    alpha_bar = nb.make_alpha_bar(nb.CONFIG)
-    x0 = torch.rand(256, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    times = []
-
-    def oracle(x, t):
-        times.extend(t.tolist())
-        ab = alpha_bar[t].view(-1, 1, 1, 1)
-        return types.SimpleNamespace(sample=((x - ab.sqrt() * x0) / (1 - ab).sqrt()).float())
-
-    def loss(network, seed=0):
-        return float(nb.training_loss(network, x0, alpha_bar, torch.Generator().manual_seed(seed)))
-
-    assert loss(oracle) < 1e-6
-    assert 0 <= min(times) < 50
-    assert 950 <= max(times) <= 999
-    zero = lambda x, t: types.SimpleNamespace(sample=torch.zeros_like(x))  # noqa: E731
-    assert loss(zero) == pytest.approx(1, abs=0.05)
-    assert loss(zero) == loss(zero) != loss(zero, 1)
-
-
-def test_training_batches_are_drawn_flipped_and_unshuffled(training_cells):
-    nb = training_cells
-    images = torch.arange(16, dtype=torch.uint8).reshape(1, 1, 4, 4) * 17
-    plain = images[0].float() / 127.5 - 1
-
-    def batch(**recipe):
-        recipe = nb.Recipe((8,), (False,), images=8, data="", judged=(2, 2), batch=32, **recipe)
-        return nb.training_batch(images, recipe, torch.Generator().manual_seed(0))
-
-    assert torch.equal(batch(), plain.expand(32, 1, 4, 4))
-    flipped = [torch.equal(image, plain.flip(-1)) for image in batch(flip=True)]
-    assert [torch.equal(image, plain) for image in batch(flip=True)] == [not f for f in flipped]
-    assert 4 < sum(flipped) < 28
-    assert torch.equal(batch(patch=2)[0], torch.nn.functional.pixel_unshuffle(plain, 2))
-
-
 # ------------------------------------------------------------------------------------- what was left out above
 
 
@@ -1538,20 +1387,20 @@ def test_a_compiler_that_fails_at_the_first_call_falls_back_too(nb, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    ("has", "width", "patch", "expected"),
+    ("has", "width", "predicts", "patch", "expected"),
     [
-        (True, 64, 1, "bfloat16"),
-        (True, 64, 2, "bfloat16"),
-        (True, 64, 4, "float32"),
-        (True, 16, 1, "float32"),
-        (False, 64, 1, "float32"),
+        (True, 64, "epsilon", 1, "bfloat16"),
+        (True, 64, "epsilon", 2, "bfloat16"),
+        (True, 64, "epsilon", 4, "float32"),
+        (True, 64, "sample", 4, "bfloat16"),
+        (True, 16, "epsilon", 1, "float32"),
+        (False, 64, "sample", 1, "float32"),
     ],
 )
-def test_precision_follows_device_width_and_patch(nb, tiny, monkeypatch, has, width, patch, expected):
+def test_precision_follows_device_width_and_what_is_predicted(nb, monkeypatch, has, width, predicts, patch, expected):
     monkeypatch.setattr(nb, "HAS_BF16", has)
-    checkpoint = tiny()
-    config = types.SimpleNamespace(block_out_channels=(width, 64), sample_size=checkpoint.shape[1] // patch)
-    assert str(nb.replace(checkpoint, unet=types.SimpleNamespace(config=config)).dtype) == f"torch.{expected}"
+    unet = types.SimpleNamespace(config=types.SimpleNamespace(block_out_channels=(width, 64)))
+    assert str(nb.network_dtype(unet, predicts, patch)) == f"torch.{expected}"
 
 
 def test_minutes_grow_with_every_result(nb, run, clock):

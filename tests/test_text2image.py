@@ -1,7 +1,6 @@
-"""Exercise 5 and its training: loading any layout, sampling, bad requests, files, the score, the bundled model."""
+"""Exercise 5: loading any layout, sampling, bad requests, files, the score, the bundled model."""
 
 import hashlib
-import io
 import json
 import re
 import subprocess
@@ -312,96 +311,6 @@ def test_top1_is_the_share_with_wilsons_interval(text, run):
     row = text.top1(torch.arange(100) < 20, method="DDIM")
     assert row.value == 0.2
     assert (row.low, row.high) == pytest.approx((0.1333669, 0.2888292), abs=1e-6)  # by hand from Wilson's formula
-
-
-# ------------------------------------------------------------------ training
-
-
-@pytest.fixture(scope="module")
-def drawings(tmp_path_factory):
-    """A DATA_DIR with emoji.parquet: 9 captions of colour blocks in four styles, and a flag."""
-    rows, colours = [], np.random.default_rng(0)
-    for index in range(9):
-        for style in ("noto", "twemoji", "fluent3d", "openmoji"):
-            pixels, file = np.full((64, 64, 3), 255, np.uint8), io.BytesIO()
-            pixels[8 : 30 + 2 * index, 8:50] = colours.integers(0, 255, 3)
-            Image.fromarray(pixels).save(file, "PNG")
-            caption = f"thing {index}" if index else "flag Norway"
-            rows.append({"image": {"bytes": file.getvalue(), "path": None}, "caption": caption, "style": style})
-    folder = tmp_path_factory.mktemp("drawings")
-    pd.DataFrame(rows).to_parquet(folder / "emoji.parquet")
-    return folder
-
-
-@pytest.fixture
-def training(text, run, drawings, monkeypatch):
-    """The set-up with the training cells' definitions, DATA_DIR and a fresh OUTPUT."""
-    monkeypatch.setattr(text, "DATA_DIR", str(drawings))
-    monkeypatch.setattr(text, "TRAIN", ())
-    for cell_id, source in cells_tagged("training"):
-        execute(text, cell_id, source)
-    return text
-
-
-def test_flags_are_left_out_and_whole_captions_held_out(training):
-    images, rows = training.captioned_images()
-    assert images.shape == (32, 3, 64, 64)
-    assert not rows["caption"].str.startswith("flag").any()
-    assert set(rows["word"]) == {"shaded", "flat", "3D", "outlined"}
-    assert rows.groupby("caption")["heldout"].nunique().eq(1).all()
-    assert rows["caption"][rows["heldout"]].nunique() == training.TEXT_RECIPE.heldout
-
-
-def test_training_without_its_drawings_stops_with_a_sentence(training, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "DATA_DIR", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"emoji\.parquet is not there; it needs the columns"):
-        training.captioned_images()
-
-
-def test_a_killed_training_resumes_to_the_same_weights(training, run):
-    weights = []
-    for kill_at in (None, 3):
-        training.OUTPUT = run / str(kill_at)
-        for attempt in ("killed", "resumed"):
-            torch.manual_seed(0)
-            network, calls = torch.nn.Linear(4, 4), []
-
-            def loss_of(generator, network=network, attempt=attempt, calls=calls, kill_at=kill_at):
-                calls.append(1)
-                if attempt == "killed" and len(calls) == kill_at:
-                    raise KeyboardInterrupt
-                x = torch.randn(8, 4, generator=generator)
-                return (network(x) - x).square().mean()
-
-            try:
-                log = training.fit("stage", network, loss_of, training.TEXT_RECIPE, 48, 8, training.OUTPUT / "stage.pt", 0.0)
-                break
-            except KeyboardInterrupt:
-                continue
-        assert log["step"].tolist() == [1, 2, 3, 4, 5, 6]
-        weights.append(network.weight.detach())
-    torch.testing.assert_close(*weights, rtol=0, atol=0)
-
-
-def test_training_in_small_writes_a_model_that_the_section_loads(training, run, monkeypatch, capsys):
-    monkeypatch.setattr(training, "TRAIN", ("text2image",))
-    execute(training, *next(c for c in cells_tagged("training") if c[0] == "training-text-run"))
-    folder = run / "checkpoints/text2image"
-    assert {p.name for p in folder.iterdir()} == {
-        "model_index.json", "scheduler", "unet", "vqvae", "reference.safetensors", "README.md",
-    }  # fmt: skip
-    assert training.weights_sha256(folder) in (folder / "README.md").read_text(encoding="utf-8")
-    monkeypatch.setattr(training, "BUNDLED", run / "checkpoints")
-    (model,) = training.text_models()
-    assert model.pipe.scheduler.config.clip_sample is False
-    torch.testing.assert_close(model.alpha_bar, training.make_alpha_bar(training.CONFIG), rtol=1e-4, atol=0)
-    assert training.draw(model, ["thing 1, flat"], [0], 2, 4.0).shape == (1, 3, 64, 64)
-    reference, facts = training.caption_reference()
-    assert len(facts["unseen"]) == training.TEXT_RECIPE.heldout
-    assert not set(facts["seen"]) & set(facts["unseen"])
-    assert reference["seen"].shape == (len(facts["seen"]), len(reference["mean"]))
-    losses = training.results("training", metric="loss", dataset="text2image")
-    assert sorted(losses["detail"]) == ["unet", "vae"]
 
 
 # ------------------------------------------------------------------ the bundled model

