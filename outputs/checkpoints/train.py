@@ -63,7 +63,7 @@ class Recipe:
 
 
 RECIPES = {
-    "mnist": Recipe("the 60,000 training digits of MNIST", 28, 1, (64, 128), 600_000, batch=32, flip=False),
+    "mnist": Recipe("the 60,000 training digits of MNIST", 28, 1, (64, 128), 600_000, flip=False),
     "cifar10": Recipe("the training split of CIFAR-10 (JPEG)", 32, 3, (96, 160), 600_000),
     "pokemon": Recipe("official artwork on white", 64, 3, (64, 96, 128), 300_000, keep={"style": ("artwork",)}),
     "butterflies": Recipe("butterflies on a plain or light background", 128, 3, (64, 96, 128), 300_000, unshuffle=4,
