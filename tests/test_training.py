@@ -229,6 +229,17 @@ def test_a_killed_process_resumes_to_the_same_weights(data, unbroken, tmp_path):
     same(tmp_path, unbroken)
 
 
+def test_two_processes_share_one_training_and_resume(data, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(SCRIPT), "mnist", "--data", str(data)]
+    for images in (320, 480):  # 20 steps of 2 x 8 images, then 10 more
+        command = [*launch, "--out", str(tmp_path), "--images", str(images), "--set", *SMALL]
+        done = subprocess.run(command, cwd=ROOT, env=alone(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert (state_of(tmp_path)["step"], state_of(tmp_path)["log"][-1]["images"]) == (30, 480)
+    assert "2 x 1 of" in (tmp_path / "mnist" / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_finished_training_is_not_repeated_but_published_again(trained, monkeypatch):
     out = trained("mnist", "--images", "16")
     before = weights_of(out)
@@ -242,7 +253,7 @@ def test_a_finished_training_is_not_repeated_but_published_again(trained, monkey
 @pytest.mark.parametrize("settings", [["batch=4", "widths=(16,16)"], [*SMALL, "predicts=epsilon"]])
 def test_a_state_of_another_recipe_is_refused(trained, capsys, settings):
     trained("mnist", "--images", "16")
-    sentence(lambda: trained("mnist", "--images", "16", settings=settings), "belongs to another training")
+    sentence(lambda: trained("mnist", "--images", "16", settings=settings), "is of another training")
 
 
 def test_the_result_is_the_average_not_the_last_network(trained):
@@ -272,6 +283,13 @@ def test_bad_input_is_one_sentence(trained, data, tmp_path):
     (tmp_path / "empty").mkdir()
     sentence(lambda: trained("mnist", folder=tmp_path / "empty"), r"holds no images for mnist: neither mnist\.parquet nor")
     sentence(lambda: trained("mnist", settings=["width=3"]), "no such field; allowed: data, size")
+    sentence(lambda: trained("mnist", settings=["widths=3"]), r"widths must be a tuple such as \(64, 128\)")
+    sentence(lambda: trained("mnist", settings=["widths=(3"]), "widths must be a tuple")
+    sentence(lambda: trained("mnist", settings=["predicts=noise"]), "predicts must be one of epsilon, v_prediction, sample")
+    sentence(lambda: trained("mnist", "--minutes", "-1"), "must be above 0")
+    sentence(lambda: trained("mnist", "--images", "-8"), "must be above 0")
+    (tmp_path / "file").write_text("where a folder should be")
+    sentence(lambda: trained("mnist", "--images", "8", out="file"), r"--out .*file cannot be written \(Not a directory\)")
     few = tmp_path / "few" / "mnist"
     few.mkdir(parents=True)
     for k in range(40):
@@ -296,6 +314,26 @@ def test_bad_tables_are_one_sentence(trained, tmp_path):
     sentence(lambda: trained("mnist", folder=tmp_path), r"mnist\.parquet, image 3, is not a readable image")
     pd.DataFrame({"image": [png(64, 3, k) for k in range(40)]}).to_parquet(tmp_path / "emoji.parquet")
     sentence(lambda: trained("text2image", folder=tmp_path, settings=[]), "needs the columns image, caption and style")
+
+
+def test_a_state_that_cannot_be_read_is_one_sentence(trained):
+    out = trained("mnist", "--images", "16")
+    state = out / "mnist-training" / "unet.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    sentence(lambda: trained("mnist", "--images", "16"), r"unet\.pt cannot be read; delete it to start this training again")
+
+
+def test_pictures_are_read_as_they_look(tmp_path):
+    """Turned photographs upright, what is transparent on white, a path where the bytes are missing."""
+    upright = np.zeros((40, 40, 3), np.uint8)
+    upright[:20, :, 0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(upright, 1)).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    turned = train.decoded({"bytes": None, "path": str(tmp_path / "turned.jpg")}, 32, 3, "turned")
+    assert turned[0, :14].min() > 200 > 60 > turned[0, 18:].max()
+    Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert train.decoded(tmp_path / "clear.png", 32, 3, "clear").min() == 255
 
 
 def test_rows_are_kept_and_held_out_as_the_recipe_says(tmp_path):

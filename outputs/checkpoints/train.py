@@ -83,8 +83,11 @@ PREDICTED = {"epsilon": "the noise", "v_prediction": "v", "sample": "the clean i
 def decoded(image: Any, size: int, colours: int, place: str) -> Tensor:
     """An encoded image (bytes or a path) as uint8 [C, size, size], cropped to a square; ValueError if it is not readable."""
     try:
-        opened = Image.open(io.BytesIO(image["bytes"]) if isinstance(image, dict) else image)
-        opened = ImageOps.exif_transpose(opened).convert("L" if colours == 1 else "RGB")
+        file = (io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) if isinstance(image, dict) else image
+        opened = ImageOps.exif_transpose(Image.open(file))
+        if opened.has_transparency_data:
+            opened = Image.alpha_composite(Image.new("RGBA", opened.size, "white"), opened.convert("RGBA"))
+        opened = opened.convert("L" if colours == 1 else "RGB")
     except Exception as error:  # Pillow raises a dozen kinds
         raise ValueError(f"{place} is not a readable image; remove or replace it.") from error
     opened = ImageOps.fit(opened, (size, size), Image.Resampling.LANCZOS)
@@ -233,11 +236,12 @@ def fit(run: Run, stage: str, network: torch.nn.Module, loss_of: Callable, recip
     parts, step, seconds, log, window = {"network": network, "ema": ema, "optimizer": optimizer}, 0, 0.0, [], []
     parts |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True, map_location=device)
+        try:
+            state = torch.load(state_file, weights_only=True, map_location=device)
+        except Exception as error:  # torch raises half a dozen kinds
+            raise ValueError(f"{state_file} cannot be read; delete it to start this training again.") from error
         if state["facts"] != run.facts:
-            raise ValueError(
-                f"{state_file} belongs to another training (recipe, seed or images); delete it, or choose another --out."
-            )
+            raise ValueError(f"{state_file} is of another training (recipe, seed or images); delete it, or take another --out.")
         for key, part in parts.items():
             part.load_state_dict(state[key])
         step, seconds, log = state["step"], state["seconds"], state["log"]
@@ -246,7 +250,8 @@ def fit(run: Run, stage: str, network: torch.nn.Module, loss_of: Callable, recip
         torch._dynamo.config.suppress_errors = True  # where compiling fails the network runs as it is
         trained = torch.compile(trained)
     together, averaged = batch * accelerator.num_processes, copy.deepcopy(network).eval().requires_grad_(False)
-    share = step * together / run.images if run.images else seconds / (60 * run.minutes)  # of the training that is done
+    seen = log[-1]["images"] if log else 0
+    share = seen / run.images if run.images else seconds / (60 * run.minutes)  # of the training that is done
     form, hidden = "{desc} |{bar}| {percentage:.0f} % [{elapsed}, {remaining} left{postfix}]", not accelerator.is_main_process
     bar = tqdm(
         total=100, initial=100 * min(1.0, share), desc=f"{run.name} {stage}", bar_format=form, disable=hidden, mininterval=2
@@ -258,7 +263,7 @@ def fit(run: Run, stage: str, network: torch.nn.Module, loss_of: Callable, recip
             share = 1.0 if run.images else min(1.0, (seconds + elapsed) / (60 * run.minutes))
             share, due = broadcast_object_list([share, bool(window) and elapsed >= run.save_every])
         if run.images:
-            share = min(1.0, step * together / run.images)
+            share = min(1.0, seen / run.images)
         bar.update(100 * share - bar.n)
         rate = recipe.rate * min(1, (step + 1) / 200) * (1 + math.cos(math.pi * share)) / 2
         if window and (due or share == 1):
@@ -266,7 +271,7 @@ def fit(run: Run, stage: str, network: torch.nn.Module, loss_of: Callable, recip
             if not math.isfinite(loss if accelerator.scaler else loss + norm):  # fp16's scaler meets overflows on its way
                 raise FloatingPointError(f"{run.name}: the loss is not finite at step {step}; the last good state is kept.")
             seconds, speed = seconds + elapsed, len(window) * together / elapsed
-            line = {"step": step, "images": step * together, "loss": loss, "grad_norm": norm, "rate": rate}
+            line = {"step": step, "images": seen, "loss": loss, "grad_norm": norm, "rate": rate}
             log.append(line | {"images_per_s": speed, "seconds": seconds})
             bar.set_postfix_str(f"; loss {loss:.4f}, {speed:.0f} images/s")
             if accelerator.is_main_process:
@@ -293,7 +298,7 @@ def fit(run: Run, stage: str, network: torch.nn.Module, loss_of: Callable, recip
         stepper.zero_grad()
         ema.step(network.parameters())
         window.append(torch.stack([loss.detach().float(), norm.float()]))
-        step += 1
+        step, seen = step + 1, seen + together
     bar.close()
     ema.copy_to(network.parameters())
     ema.copy_to(averaged.parameters())
@@ -370,12 +375,19 @@ def train_images(run: Run, recipe: Recipe, data: Path) -> None:
 
 
 def changed(recipe: Any, settings: Sequence[str]) -> Any:
-    """The recipe with FIELD=VALUE settings; ValueError for an unknown field."""
+    """The recipe with FIELD=VALUE settings; ValueError for an unknown field or a value of another kind."""
     for setting in settings:
         key, _, value = setting.partition("=")
         if key not in asdict(recipe):
             raise ValueError(f"--set {setting}: no such field; allowed: {', '.join(asdict(recipe))}.")
-        recipe = replace(recipe, **{key: value if isinstance(getattr(recipe, key), str) else ast.literal_eval(value)})
+        old = getattr(recipe, key)
+        with contextlib.suppress(ValueError, SyntaxError):  # what is no literal stays a text
+            value = value if isinstance(old, str) else ast.literal_eval(value)
+        value = float(value) if type(old) is float and type(value) is int else value
+        if type(value) is not type(old) or (key == "predicts" and value not in PREDICTED):
+            wanted = f"one of {', '.join(PREDICTED)}" if key == "predicts" else f"a {type(old).__name__} such as {old}"
+            raise ValueError(f"--set {setting}: {key} must be {wanted}.")
+        recipe = replace(recipe, **{key: value})
     return recipe
 
 
@@ -385,8 +397,9 @@ def main() -> None:
     parser.add_argument("names", nargs="+", choices=[*RECIPES, "text2image"], metavar="NAME")
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--out", type=Path, default=Path("outputs/run/checkpoints"))
-    parser.add_argument("--minutes", type=float, default=0.0, help="of training, over all sittings")
-    parser.add_argument("--images", type=int, default=0, help="to be seen, over all sittings (default: the recipe's)")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--minutes", type=float, default=0.0, help="of training, over all sittings")
+    budget.add_argument("--images", type=int, default=0, help="to be seen, over all sittings (default: the recipe's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=float, default=60.0, metavar="SECONDS")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="another value of a recipe's field")
@@ -398,6 +411,8 @@ def main() -> None:
     try:
         if not given.data.is_dir():
             raise ValueError(f"--data {given.data} is not a folder.")
+        if given.minutes < 0 or given.images < 0:
+            raise ValueError("--minutes and --images must be above 0.")
         for name in given.names:
             if name == "text2image":
                 from train_text2image import TextRecipe  # needs packages that the others do not
@@ -408,6 +423,10 @@ def main() -> None:
             images = 0 if given.minutes else given.images or recipe.images
             accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=half)
             run = Run(name, given.out / name, images, given.minutes, given.seed, given.save_every, accelerator)
+            try:
+                run.work.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"--out {given.out} cannot be written ({error.strerror}).") from error
             train(run, recipe, given.data)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
