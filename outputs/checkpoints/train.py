@@ -236,8 +236,8 @@ def fit(run: Run, stage: str, network: torch.nn.Module, loss_of: Callable, recip
     parts, step, seconds, log, window = {"network": network, "ema": ema, "optimizer": optimizer}, 0, 0.0, [], []
     parts |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
     if state_file.exists():
-        try:
-            state = torch.load(state_file, weights_only=True, map_location=device)
+        try:  # "cpu:0", as Accelerate names it among several processes, is not known to torch.load
+            state = torch.load(state_file, weights_only=True, map_location=device if device.type == "cuda" else "cpu")
         except Exception as error:  # torch raises half a dozen kinds
             raise ValueError(f"{state_file} cannot be read; delete it to start this training again.") from error
         if state["facts"] != run.facts:
