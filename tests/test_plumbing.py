@@ -439,7 +439,7 @@ def test_say_without_its_row_fails(nb):
 def test_claims_are_said_and_recorded(nb, run, capsys, holds, verdict, value):
     nb.begin("s")
     row = nb.record("s", "gap", 3.0)
-    assert nb.claim("s", "the gap is wide", holds, row, dataset="mnist") == verdict
+    nb.claim("s", "the gap is wide", holds, row, dataset="mnist")
     said = capsys.readouterr().out
     assert verdict in said
     assert "the gap is wide: 3" in said
@@ -449,7 +449,7 @@ def test_claims_are_said_and_recorded(nb, run, capsys, holds, verdict, value):
 
 def test_a_claim_with_braces_does_not_stop_the_run(nb, run, capsys):
     nb.begin("s")
-    assert nb.claim("s", r"$\bar\alpha_{t}$ falls", True) == "holds"
+    nb.claim("s", r"$\bar\alpha_{t}$ falls", True)
     assert "_{t}" in capsys.readouterr().out
 
 

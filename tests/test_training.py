@@ -142,6 +142,23 @@ def test_the_recipes_field_can_be_set(trained):
 # --------------------------------------------------------------------------- the notebook draws what the pipeline draws
 
 
+def test_a_training_may_start_from_another_network(trained, nb, monkeypatch):
+    """Shape and weights are the start's, whatever it predicted; its card is handed on; attention runs in wide heads."""
+    folder = ROOT / "outputs/checkpoints"
+    arguments = ("mnist", "--images", "16", "--start", str(folder), "--set", "rate=1e-9")
+    out = trained(*arguments, settings=["batch=8", "predicts=v_prediction"])
+    before, after = (train.UNet2DModel.from_pretrained(f / "mnist" / "unet") for f in (folder, out))
+    for name, value in before.state_dict().items():
+        torch.testing.assert_close(after.state_dict()[name].float(), value.float(), rtol=2e-3, atol=1e-5)
+    assert after.config.attention_head_dim > 8
+    card = (out / "mnist" / "README.md").read_text(encoding="utf-8")
+    earlier = (folder / "mnist" / "README.md").read_text(encoding="utf-8")
+    assert f"{re.search(r'[0-9,]+ images seen', earlier)[0]}" in re.search(r"\| start \| (.*) \|", card)[1]
+    assert "predicts v" in card
+    monkeypatch.setattr(nb, "BUNDLED", out)
+    assert nb.load_checkpoint.__wrapped__("mnist").predicts == "v_prediction"
+
+
 @pytest.mark.parametrize("predicts", train.PREDICTED)
 def test_the_notebook_and_the_pipeline_draw_the_same_pictures(trained, nb, monkeypatch, predicts):
     out = trained("cifar10", "--images", "64", settings=[*SMALL, f"predicts={predicts}"])
@@ -288,6 +305,8 @@ def test_bad_input_is_one_sentence(trained, data, tmp_path):
     sentence(lambda: trained("mnist", settings=["predicts=noise"]), "predicts must be one of epsilon, v_prediction, sample")
     sentence(lambda: trained("mnist", "--minutes", "-1"), "must be above 0")
     sentence(lambda: trained("mnist", "--images", "-8"), "must be above 0")
+    sentence(lambda: trained("mnist", "--start", str(tmp_path / "nowhere")), "mnist holds no network")
+    sentence(lambda: trained("text2image", "--start", str(tmp_path), settings=[]), "serves the image networks alone")
     (tmp_path / "file").write_text("where a folder should be")
     sentence(lambda: trained("mnist", "--images", "8", out="file"), r"--out .*file cannot be written \(Not a directory\)")
     few = tmp_path / "few" / "mnist"

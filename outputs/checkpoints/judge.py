@@ -97,13 +97,13 @@ def race_table(nb: Any, name: str) -> str:
     rows["column"] = rows["metric"] + ", " + rows["method"] + "-" + rows["steps"]
     rows = rows.assign(text=rows["value"].map(nb.short), network=rows["detail"].str[6:])
     table = rows.pivot_table(index="network", columns="column", values="text", aggfunc="last").reset_index()
-    text = f"\n## Race\nNetworks trained for a few minutes each before this one, N = {rows['N'].iloc[-1]}, seed 0:\n\n"
+    text = f"\n## Race\nNetworks measured before this one, N = {rows['N'].iloc[-1]}, seed 0:\n\n"
     return text + markdown(table.to_dict("records")) + "\n"
 
 
 def judge_images(nb: Any, name: str, recipe: Recipe, data: Path, out: Path, race: str) -> None:
     """Rows, reference and card of one image network."""
-    folder, N = out / name, {28: 256, 32: 256, 64: 64}.get(recipe.size, 32)
+    folder, N = out / name, {28: 256, 32: 128, 64: 64}.get(recipe.size, 32)
     training, heldout = training_images(name, data, recipe)
     reference = reference_of(nb, folder, training, heldout)
     nb.BUNDLED = out

