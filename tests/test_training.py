@@ -139,9 +139,6 @@ def test_the_recipes_field_can_be_set(trained):
     assert pipeline.unet.config.sample_size == 28
 
 
-# --------------------------------------------------------------------------- the notebook draws what the pipeline draws
-
-
 def test_a_training_may_start_from_another_network(trained, nb, monkeypatch):
     """Shape and weights are the start's, whatever it predicted; its card is handed on; attention runs in wide heads."""
     folder = ROOT / "outputs/checkpoints"
@@ -151,12 +148,16 @@ def test_a_training_may_start_from_another_network(trained, nb, monkeypatch):
     for name, value in before.state_dict().items():
         torch.testing.assert_close(after.state_dict()[name].float(), value.float(), rtol=2e-3, atol=1e-5)
     assert after.config.attention_head_dim > 8
+    assert "_name_or_path" not in (out / "mnist/unet/config.json").read_text(encoding="utf-8"), "a folder of this machine"
     card = (out / "mnist" / "README.md").read_text(encoding="utf-8")
     earlier = (folder / "mnist" / "README.md").read_text(encoding="utf-8")
     assert f"{re.search(r'[0-9,]+ images seen', earlier)[0]}" in re.search(r"\| start \| (.*) \|", card)[1]
     assert "predicts v" in card
     monkeypatch.setattr(nb, "BUNDLED", out)
     assert nb.load_checkpoint.__wrapped__("mnist").predicts == "v_prediction"
+
+
+# --------------------------------------------------------------------------- the notebook draws what the pipeline draws
 
 
 @pytest.mark.parametrize("predicts", train.PREDICTED)

