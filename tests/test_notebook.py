@@ -1,13 +1,17 @@
 """The notebook as a user meets it: its structure, the committed outputs, a smoke run, each section alone, a killed run."""
 
+import ast
+import copy
 import hashlib
 import json
 import os
 import re
 import signal
 import subprocess
+import symtable
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import nbformat
@@ -22,6 +26,8 @@ SECTIONS = ["foundations", *(f"exercise-{i}" for i in range(1, 6)), "stability",
 ORDER = ["parameters", "setup", "foundations", *(f"exercise-{i}" for i in range(1, 6)), "stability", "speed", "summary"]
 COLUMNS = ["run", "metric", "value", "low", "high", "N", "n_real", "dataset", "method", "eta", "variance", "spacing"]
 COLUMNS += ["steps", "seed", "detail"]
+BUDGET = {"parameters": 9, "setup": 550, "foundations": 150, "exercise-1": 100, "exercise-2": 110, "exercise-3": 150}
+BUDGET |= {"exercise-4": 250, "exercise-5": 150, "stability": 90, "speed": 90, "summary": 60}  # lines of code at most
 ENVIRONMENT = os.environ | {  # every way out is closed: a proxy where nothing listens
     **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9"),
     "no_proxy": "127.0.0.1,localhost",
@@ -82,10 +88,21 @@ def section_alone(section, folder):
 
 def test_every_code_cell_has_one_section_tag_and_sections_come_in_order(committed):
     tags = [section_tag(c) for c in code_cells(committed)]
-    assert tags[:3] == ["summary"] * 3, "the glance opens the notebook"
-    body = [t for t in tags[3:] if t != "parameters"]  # parameters stand before set-up
-    assert [ORDER.index(t) for t in body] == sorted(ORDER.index(t) for t in body)
+    assert tags[0] == "summary", "the answers open the notebook"
     assert tags.count("parameters") == 1
+    setup = max(k for k, tag in enumerate(tags) if tag == "setup")
+    assert set(tags[1:setup]) == {"parameters", "setup", "foundations"}, "a first picture may stand among the definitions"
+    body = tags[setup + 1 :]
+    assert [ORDER.index(t) for t in body] == sorted(ORDER.index(t) for t in body)
+
+
+def test_a_reader_meets_a_denoised_picture_before_plumbing(committed):
+    cells = code_cells(committed)
+    plumbing = [k for k, c in enumerate(cells) if "plumbing" in c.metadata.tags and section_tag(c) == "setup"]
+    (first,) = [k for k, c in enumerate(cells) if c.id == "first"]
+    assert first < min(plumbing)
+    assert all(cells[k].metadata.jupyter.source_hidden for k in plumbing), "folded in Jupyter"
+    assert all(section_tag(c) != "setup" for c in cells[max(plumbing) + 1 :]), "plumbing ends the set-up"
 
 
 def test_cell_ids_are_names_and_unique(committed):
@@ -94,12 +111,62 @@ def test_cell_ids_are_names_and_unique(committed):
     assert all(re.fullmatch(r"[a-z][a-z0-9-]+", i) for i in ids)
 
 
-def test_cells_are_small(committed):
-    lines = sorted(sum(bool(line.strip()) for line in c.source.splitlines()) for c in code_cells(committed))
-    assert len(lines) <= 165
-    assert lines[len(lines) // 2] <= 20
-    assert lines[-1] <= 60
-    assert not any(re.match(r"\s*[%!]", line) for c in code_cells(committed) for line in c.source.splitlines())
+def lines_of(cell):
+    return sum(bool(line.strip()) for line in cell.source.splitlines())
+
+
+def test_the_notebook_keeps_its_budget(committed):
+    cells = code_cells(committed)
+    parts = {}
+    for cell in cells:
+        parts[section_tag(cell)] = parts.get(section_tag(cell), 0) + lines_of(cell)
+    over = {part: n for part, n in parts.items() if n > BUDGET[part]}
+    assert not over, f"more lines than {BUDGET}: {over}"
+    assert sum(parts.values()) <= 1700
+    assert len(cells) <= 120
+    assert not {c.id: lines_of(c) for c in cells if lines_of(c) > 40}
+    assert sorted(map(lines_of, cells))[len(cells) // 2] <= 17
+    assert NOTEBOOK.stat().st_size <= 5 * 2**20
+    assert not any(re.match(r"\s*[%!]", line) for c in cells for line in c.source.splitlines())
+    words = sum(len(c.source.split()) for c in committed.cells if c.cell_type == "markdown")
+    assert words <= 6 * sum(parts.values())
+
+
+def names_in(cell, stored):
+    """Names that a cell's own level assigns (stored), or that the cell reads anywhere."""
+    found = set()
+    for node in ast.parse(cell.source).body if stored else [ast.parse(cell.source)]:
+        if stored and isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+            continue
+        for part in ast.walk(node):
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store if stored else ast.Load):
+                found.add(part.id)
+    return found
+
+
+def test_a_name_means_one_thing(committed):
+    """A name assigned in two sections is either a scratch of its cell, or the sections disturb each other when rerun."""
+    where = {}
+    for cell in code_cells(committed):
+        for name in names_in(cell, stored=True):
+            where.setdefault(name, set()).add(section_tag(cell))
+    shared = {name for name, sections in where.items() if len(sections - {"parameters"}) > 1}
+    leaks = {(c.id, n) for c in code_cells(committed) for n in shared & names_in(c, False) - names_in(c, True)}
+    assert not {(i, n) for i, n in leaks if not inside_functions_only(committed, i, n)}
+
+
+def inside_functions_only(notebook, cell_id, name):
+    """Is the name read in functions and comprehensions alone that have it as a variable of their own?"""
+    (cell,) = [c for c in notebook.cells if c.id == cell_id]
+    table = symtable.symtable(cell.source, cell_id, "exec")
+
+    def reads_global(block):
+        own = {s.get_name(): s for s in block.get_symbols()}
+        here = name in own and own[name].is_referenced() and (block is table or own[name].is_global())
+        return here or any(reads_global(child) for child in block.get_children())
+
+    return not reads_global(table)
 
 
 def test_code_is_formatted_and_lint_free():
@@ -139,18 +206,6 @@ def test_committed_notebook_is_one_clean_run(committed):
     assert "widgets" not in committed.metadata
 
 
-def test_committed_outputs_belong_to_the_committed_code(committed):
-    """runs.csv holds, for each section, the hash of set-up plus that section as it stood when it was executed."""
-    runs = pd.read_csv(ROOT / "outputs/results/runs.csv", keep_default_na=False)
-    for section in SECTIONS:
-        wanted = {"setup", section}
-        code = ["".join(c.source) for c in committed.cells if wanted & set(c.metadata.get("tags", []))]
-        expected = hashlib.sha256("\n\n".join(code).encode()).hexdigest()[:16]
-        stored = runs[runs["run"].str.startswith(f"{section}/")]["code_hash"]
-        assert len(stored), f"the record has no run of {section}"
-        assert expected in set(stored), f"{section} was changed after it was executed"
-
-
 def shown_by(notebook):
     """The outputs that show something (text of a process aside)."""
     return [o for c in code_cells(notebook) for o in c.outputs if "data" in o]
@@ -163,8 +218,8 @@ def figures_of(notebook):
 
 def test_committed_figures_have_alternative_text_and_files(committed):
     shown = figures_of(committed)
-    assert len(shown) >= 30
-    assert len(list((ROOT / "outputs/figures").glob("*.png"))) >= 30
+    assert len(shown) >= 25
+    assert len(list((ROOT / "outputs/figures").glob("*.png"))) >= len(shown) - 1
 
 
 @pytest.mark.parametrize("which", ["committed", "smoke"])
@@ -173,13 +228,12 @@ def test_outputs_are_such_that_every_viewer_shows_them(which, request):
     notebook = request.getfixturevalue(which)
     notebook = notebook[0] if which == "smoke" else notebook
     outputs = shown_by(notebook)
-    assert not [o.data for o in outputs if not {"image/png", "text/markdown"} & set(o.data) and o.data.get("text/plain")]
+    assert not [o.data for o in outputs if not {"image/png", "text/markdown"} & set(o.data)], "nothing else stays"
     assert not [o.data["text/plain"] for o in outputs if "text/html" in o.data]
     for figure in figures_of(notebook):
-        alt = figure.data["text/plain"]
+        alt = figure.metadata["image/png"]["alt"]
         assert len(alt) >= 20
-        assert figure.metadata["image/png"]["alt"] == alt
-        assert any(o.data.get("text/markdown") == f"*{alt}.*" for o in outputs), "the caption"
+        assert any(o.data.get("text/markdown", "").startswith(f"*{alt}") for o in outputs), "the caption"
 
 
 def rows_of(folder):
@@ -191,7 +245,7 @@ def check_results(folder):
     rows, runs = rows_of(folder), pd.read_csv(folder / "runs.csv", dtype=str, keep_default_na=False)
     assert list(rows.columns) == COLUMNS
     assert set(rows["run"]) <= set(runs["run"])
-    assert runs["code_hash"].str.fullmatch(r"[0-9a-f]{16}").all()
+    assert (runs[["device", "versions", "profile", "date"]] != "").all().all()
     bounded = rows[rows["low"] != ""]
     value, low, high = (bounded[c].astype(float) for c in ("value", "low", "high"))
     assert (low <= value + 1e-12).all()
@@ -207,28 +261,45 @@ def test_the_record_follows_the_schema():
     check_results(ROOT / "outputs/results")
 
 
-def test_the_record_bears_its_claims_out():
-    claims = rows_of(ROOT / "outputs/results").query("metric == 'claim'")
-    verdict = dict(zip(claims["detail"], claims["value"].astype(float), strict=True))
-    controls = {k: v for k, v in verdict.items() if "control scores worse" in k}
-    assert len(controls) == 3
-    assert set(controls.values()) == {1.0}
-    for text in (
-        "inversion error falls with the steps",
-        "DDIM images depend less on the step count than DDPM's",
-        "DDPM and DDIM cost the same per step to within 10 %",
-        "multinomial DDPM: column_shapes is at least 0.95",
-        "multinomial DDPM: column_pair_trends is at least 0.93",
-        "multinomial DDPM: tstr_r2 is within 0.02 of as many real rows",
-        "multinomial DDPM: c2st_auc is at most 0.65",
-        "multinomial DDPM: dcr_share is between 0.45 and 0.55",
-        "multinomial DDPM: no entry leaves the training range or levels",
-        "multinomial categories are better than one-hot ones (tstr_r2)",
-        "per-image noise costs less than 5 % of a step at batch 64",
-    ):
-        assert verdict[text] == 1.0, text
-    # intervals of neighbouring step counts may overlap at the quick profile's N, but the order may not turn round
-    assert verdict["DDIM's paired error falls with every increase of the steps"] >= 0.5
+@pytest.fixture(scope="module")
+def record():
+    """The record's rows with numbers as numbers."""
+    rows = rows_of(ROOT / "outputs/results")
+    for column in ("value", "low", "high"):
+        rows[column] = pd.to_numeric(rows[column])
+    return rows
+
+
+def test_the_distance_punishes_what_is_broken(record):
+    controls = record[record["method"].isin(["untrained", "shuffled", "wrong-schedule"]) & (record["metric"] == "FD-EffNet")]
+    controls = controls[controls["run"].str.startswith("foundations/")]
+    assert set(controls["method"]) == {"untrained", "shuffled", "wrong-schedule"}
+    (N,) = set(controls["N"])
+    trained = record[record["run"].str.startswith("foundations/") & (record["method"] == "DDIM") & (record["N"] == N)]
+    trained = trained[(trained["metric"] == "FD-EffNet") & ~trained["detail"].str.contains("blocks")]
+    assert (controls["low"] > trained["high"].max()).all()
+
+
+def test_the_record_bears_its_statements_out(record):
+    def of(metric, **where):
+        rows = record[record["metric"] == metric]
+        for column, wanted in where.items():
+            rows = rows[rows[column] == wanted]
+        return rows.iloc[-1]
+
+    inversion = record[record["metric"] == "inversion_mse"].assign(steps=lambda r: r["steps"].astype(int)).sort_values("steps")
+    assert inversion["high"].iloc[-1] < inversion["low"].iloc[0], "inversion error falls with the steps"
+    assert of("std_given_x_T", method="DDIM")["value"] < 1e-6 < of("std_given_x_T", method="DDPM")["value"]
+    assert abs(of("ddpm_extra_cost")["value"]) < 0.1
+    assert of("column_shapes", method="DDPM", steps="100")["value"] > 0.95
+    assert of("column_pair_trends", method="DDPM")["value"] > 0.93
+    assert of("tstr_r2", method="DDPM")["value"] > of("tstr_r2", method="real")["value"] - 0.02
+    assert 0.45 < of("dcr_share", method="DDPM")["value"] < 0.55
+    assert of("violations", method="DDPM")["value"] == 0
+    assert of("noise_share_of_step")["value"] < 0.1
+    paired = record[record["run"].str.startswith("exercise-3/") & (record["metric"] == "paired_rms") & (record["eta"] == "0.0")]
+    paired = paired.assign(steps=paired["steps"].astype(int)).sort_values("steps")["value"]
+    assert paired.is_monotonic_decreasing, "DDIM's images approach their limit"
 
 
 def test_the_record_lies_above_its_floor_and_below_its_controls():
@@ -263,7 +334,7 @@ def test_smoke_run_is_clean(smoke):
     assert "widgets" not in notebook.metadata
     check_results(folder / "results")
     assert set(pd.read_csv(folder / "results/runs.csv")["run"].str.split("/").str[0]) == set(SECTIONS)
-    assert (folder / "figures/exercise-2-denoising.gif").stat().st_size > 1000
+    assert len((folder / "results/answers.md").read_text(encoding="utf-8").splitlines()) >= 8
 
 
 def test_html_export_embeds_every_figure(smoke):
@@ -272,19 +343,43 @@ def test_html_export_embeds_every_figure(smoke):
     sources = re.findall(r'<img[^>]+src="([^"]{0,40})', html)
     assert len(sources) == len(figures_of(notebook)) >= len(list((folder / "figures").glob("*.png")))
     assert all(s.startswith("data:image/") for s in sources)
-    assert all(f"<em>{figure.data['text/plain']}.</em>" in html for figure in figures_of(notebook)), "captions"
+    assert len(html) < 7 * 2**20
 
 
 @pytest.mark.parametrize("section", [*SECTIONS, "summary"])
 def test_each_section_runs_alone_after_setup(section, smoke, tmp_path):
-    source = section_alone(section, tmp_path)
-    run(papermill(source, tmp_path / "done.ipynb", tmp_path / "out"))
-    if section == "summary":
-        return
-    columns = [c for c in COLUMNS if c not in ("run", "value", "low", "high")]
-    alone = pd.read_csv(tmp_path / f"out/results/{section}.csv", dtype=str, keep_default_na=False)
-    whole = pd.read_csv(smoke[1] / f"results/{section}.csv", dtype=str, keep_default_na=False)
-    assert alone[columns].sort_values(columns).values.tolist() == whole[columns].sort_values(columns).values.tolist()
+    run(papermill(section_alone(section, tmp_path), tmp_path / "done.ipynb", tmp_path / "out"))
+    if section != "summary":
+        assert keys_of(tmp_path / "out", section) == keys_of(smoke[1], section)
+
+
+def keys_of(folder, section):
+    """What a section's rows are about, in order: all columns but the measured numbers."""
+    rows = pd.read_csv(folder / f"results/{section}.csv", dtype=str, keep_default_na=False)
+    return sorted(map(tuple, rows[[c for c in COLUMNS if c not in ("value", "low", "high")]].to_numpy()))
+
+
+def test_sections_may_be_rerun_in_any_order(smoke, tmp_path):
+    """Sections in reverse order, then each once more, in one kernel: the rows are those of Run All."""
+    notebook = nbformat.read(NOTEBOOK, 4)
+    cells = code_cells(notebook)
+    first = [c for c in cells if section_tag(c) in ("parameters", "setup")]
+    by_section = [[c for c in cells if section_tag(c) == section] for section in SECTIONS]
+    notebook.cells = [*first, *chain(*reversed(by_section)), *copy.deepcopy([*chain(*by_section)])]
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number}"
+    nbformat.write(notebook, tmp_path / "again.ipynb")
+    run(papermill(tmp_path / "again.ipynb", tmp_path / "done.ipynb", tmp_path / "out"))
+    for section in SECTIONS:
+        assert keys_of(tmp_path / "out", section) == keys_of(smoke[1], section), section
+    tables = [
+        pd.concat(pd.read_csv(f / f"results/{s}.csv", keep_default_na=False) for s in SECTIONS)
+        for f in (tmp_path / "out", smoke[1])
+    ]
+    again, whole = (t[t["metric"].isin(["FD-EffNet", "paired_rms", "inversion_mse", "column_shapes"])] for t in tables)
+    key = ["run", "metric", "dataset", "method", "eta", "variance", "steps", "N", "detail"]
+    again, whole = (t.set_index(key)["value"].astype(float).sort_index() for t in (again, whole))
+    pd.testing.assert_series_equal(again, whole, rtol=1e-3)
 
 
 def test_killed_run_resumes_with_the_same_numbers(smoke, tmp_path):
@@ -292,12 +387,12 @@ def test_killed_run_resumes_with_the_same_numbers(smoke, tmp_path):
     command = papermill(section_alone("exercise-3", tmp_path), tmp_path / "done.ipynb", tmp_path / "out")
     first = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, stderr=subprocess.DEVNULL)
     cache, deadline = tmp_path / "out/cache", time.monotonic() + 300
-    while len(list(cache.glob("*.safetensors"))) < 5 and first.poll() is None and time.monotonic() < deadline:
+    while len(list(cache.glob("**/output.pkl"))) < 5 and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     assert first.poll() is None, "the run ended before it could be killed"
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    kept = {f: f.stat().st_mtime_ns for f in cache.glob("*.safetensors")}
+    kept = {f: f.stat().st_mtime_ns for f in cache.glob("**/output.pkl")}
     assert len(kept) >= 5
     run(command)
     assert all(f.stat().st_mtime_ns == stamp for f, stamp in kept.items()), "finished chunks were computed again"
