@@ -74,14 +74,15 @@ def nb(_in_the_repository, tmp_path_factory):
 @pytest.fixture
 def setup_with(_in_the_repository):
     """A function: execute parameters, imports and the checking cell with some parameters replaced."""
-    return lambda **parameters: set_up("checked", last="check-parameters", **parameters)
+    return lambda **parameters: set_up("checked", last="checks", **parameters)
 
 
 @pytest.fixture
 def run(nb, monkeypatch, tmp_path):
-    """A fresh OUTPUT_DIR with nothing begun in it; returns the folder."""
-    for name, value in {"OUTPUT": tmp_path / "run", "RUNS": {}, "STARTED": {}}.items():
-        monkeypatch.setattr(nb, name, value)
+    """A fresh OUTPUT_DIR, with a cache of its own; returns the folder."""
+    memory = nb.joblib.Memory(tmp_path / "run" / "cache", verbose=0)
+    monkeypatch.setattr(nb, "OUTPUT", tmp_path / "run")
+    monkeypatch.setattr(nb, "chunk", memory.cache(nb.chunk.func, ignore=["checkpoint"]))
     return nb.OUTPUT
 
 

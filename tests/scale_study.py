@@ -15,17 +15,18 @@ from conftest import ROOT, cells_tagged, set_up
 
 N, STEPS = 64, 20
 BODY = f"""
+import json
+
 checkpoint = load_checkpoint("cifar10")
 measure(checkpoint, PROCESS.num_processes, 1)  # warm-up; other seeds and steps than below
 PROCESS.wait_for_everyone()
 started = time.perf_counter()
-features = measure(checkpoint, {N}, {STEPS}, chunk={N // 8}).features
+features = measure(checkpoint, {N}, {STEPS}, size={N // 8}).features
 seconds = time.perf_counter() - started
-reference = load_reference(checkpoint)
-value, low, high = jackknife(reference.distance, features)
+reference = load_reference("cifar10", "bundled")
 if PROCESS.is_main_process:
     facts = {{"processes": PROCESS.num_processes, "threads": torch.get_num_threads(), "seconds": seconds}}
-    facts["distance"] = {{"value": value, "low": low, "high": high, "n_real": int(reference.n_real)}}
+    facts["distance"] = jackknife(reference.distance, features) | {{"n_real": int(reference.n_real)}}
     Path(OUTPUT_DIR, "facts.json").write_text(json.dumps(facts))
 """
 
@@ -48,7 +49,7 @@ def measured(processes, threads, folder):
 def main():
     os.chdir(ROOT)
     nb = set_up("study", SOURCE="bundled")
-    nb.begin("scale-study", [(nb.load_checkpoint("cifar10"), N, STEPS)])
+    section = nb.Section("scale-study", [(nb.load_checkpoint("cifar10"), N, STEPS)])
     cores = len(os.sched_getaffinity(0))
     about = {"dataset": "cifar10", "method": "DDIM", "eta": 0.0, "steps": STEPS, "N": N}
     found = {"one": [], "many": []}
@@ -62,12 +63,11 @@ def main():
         label = "1 process, {threads} threads" if way == "one" else "{processes} processes, {threads} thread each"
         label = label.format(**facts[0])
         low, middle, high = speeds[way]
-        nb.record("scale-study", "images_per_s", middle, low=low, high=high, detail=label, **about)
-        nb.record("scale-study", "FD-EffNet", **facts[0]["distance"], detail=label, **about)
+        section.add("images_per_s", middle, low=low, high=high, detail=label, **about)
+        section.add("FD-EffNet", **facts[0]["distance"], detail=label, **about)
         print(f"{label}: {middle:.2f} images/s [{low:.2f}, {high:.2f}], distance {facts[0]['distance']['value']:.4f}")
     ratios = sorted(one["seconds"] / many["seconds"] for one, many in zip(*found.values(), strict=True))
-    ratio = nb.record("scale-study", "images_per_s_ratio", ratios[1], low=ratios[0], high=ratios[2], **about)
-    nb.finish("scale-study")
+    ratio = section.add("images_per_s_ratio", ratios[1], low=ratios[0], high=ratios[2], **about)
     print(f"one process a core makes {ratio.value:.2f} times as many images a second; rows in {nb.OUTPUT}/results")
 
 

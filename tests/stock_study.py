@@ -45,17 +45,17 @@ def stock(network, name, patch, method, steps, count):
 def main():
     os.chdir(ROOT)
     nb = set_up("study", SOURCE="bundled")
-    nb.memo = lambda label, facts, compute: compute()  # no chunk may come from an earlier run's cache
-    nb.begin("stock-study")
+    nb.chunk = nb.chunk.func  # no chunk may come from an earlier run's cache
+    section = nb.Section("stock-study")
     network = copy.deepcopy(nb.feature_network("FD-EffNet")).to(memory_format=torch.contiguous_format)
     total = {"stock parts": 0.0, "this notebook": 0.0}
     for name in ("mnist", "cifar10"):
-        plan, checkpoint = nb.PROFILES[nb.PROFILE][name], nb.load_checkpoint(name)
-        rows = [("DDPM", 1.0, S, plan.N_long if S == 1000 and plan.N_long else plan.N) for S in plan.ddpm]
-        for method, eta, steps, count in [*rows, *(("DDIM", 0.0, S, plan.N) for S in plan.ddim)]:
+        plan, checkpoint = nb.PROFILES[nb.PROFILE]["bundled"][name], nb.load_checkpoint(name)
+        rows = [("DDPM", 1.0, S, plan.N) for S in plan.ddpm] + [("DDIM", 0.0, S, plan.N) for S in plan.ddim]
+        for method, eta, steps, count in rows:
             ways = {
                 "stock parts": lambda: stock(network, name, checkpoint.patch, method, steps, count),  # noqa: B023 -- called at once
-                "this notebook": lambda: nb.load_reference(checkpoint).distance(  # noqa: B023
+                "this notebook": lambda: nb.load_reference(name, "bundled").distance(  # noqa: B023
                     nb.measure(checkpoint, count, steps, eta).features  # noqa: B023
                 ),
             }
@@ -65,12 +65,11 @@ def main():
                 seconds = time.perf_counter() - began
                 total[way] += seconds
                 about = {"dataset": name, "method": method, "eta": eta, "steps": steps, "N": count, "detail": way}
-                nb.record("stock-study", "study_seconds", seconds, **about)
+                section.add("study_seconds", seconds, **about)
                 print(f"{name} {method} {steps} steps N={count}, {way}: {distance:.1f}, {seconds:.0f} s", flush=True)
     for way, seconds in total.items():
-        nb.record("stock-study", "study_seconds", seconds, detail=f"all rows, {way}")
-    ratio = nb.record("stock-study", "study_seconds_ratio", total["stock parts"] / total["this notebook"])
-    nb.finish("stock-study")
+        section.add("study_seconds", seconds, detail=f"all rows, {way}")
+    ratio = section.add("study_seconds_ratio", total["stock parts"] / total["this notebook"])
     print(f"stock parts take {ratio.value:.2f} times as long; rows in {nb.OUTPUT}/results")
 
 

@@ -31,7 +31,7 @@ def sqrtm_form(mu1, cov1, mu2, cov2):
 # ----------------------------------------------------------------------------------------------------- Fréchet
 
 
-@pytest.mark.parametrize("d", [2, 16, 64])
+@pytest.mark.parametrize("d", [1, 2, 16, 64])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_frechet_is_scipys_sqrtm_form(nb, d, seed):
     a, b = nb.moments(mixed(20 * d + 50, d, seed)), nb.moments(mixed(20 * d + 50, d, seed + 50))
@@ -59,13 +59,6 @@ def test_frechet_of_diagonal_gaussians(nb, mu, v1, v2):
     assert got == pytest.approx(expected, abs=1e-6)
 
 
-def test_frechet_of_a_shift_and_of_a_scale(nb):
-    mu, cov = nb.moments(mixed(400, 8, 0))
-    assert nb.frechet_distance(mu, cov, mu + 2, cov) == pytest.approx(4 * 8, rel=1e-9)
-    # (2 s)^2 against s^2 along every axis leaves the trace
-    assert nb.frechet_distance(mu, 4 * cov, mu, cov) == pytest.approx(float(cov.trace()), rel=1e-9)
-
-
 @pytest.mark.parametrize("n", [5, 300])
 def test_frechet_is_symmetric_and_turns_with_its_axes(nb, n):
     a, b = nb.moments(mixed(n, 12, 0)), nb.moments(mixed(n, 12, 1))
@@ -91,24 +84,13 @@ def test_moments_are_numpys(nb):
     np.testing.assert_allclose(cov.numpy(), np.cov(x.double().numpy(), rowvar=False), rtol=1e-12)
 
 
-def test_moments_of_one_dimension_are_a_matrix_too(nb):
-    a, b = nb.moments(mixed(50, 1, 0)), nb.moments(mixed(50, 1, 1))
-    assert a[0].shape == (1,)
-    assert a[1].shape == (1, 1)
-    assert nb.frechet_distance(*a, *b) == pytest.approx(sqrtm_form(*a, *b), rel=1e-6)
-
-
 @pytest.mark.parametrize("n", [0, 1])
-def test_moments_need_two(nb, n):
-    with pytest.raises(ValueError, match=rf"at least N = 2 .*{n}"):
-        nb.moments(torch.zeros(n, 4))
-
-
-@pytest.mark.parametrize(("n1", "n2"), [(1, 8), (8, 1), (0, 8), (8, 0)])
-def test_kernel_distance_needs_two(nb, n1, n2):
+def test_a_distance_needs_two(nb, n):
     """Without a second image there is no pair within the set: a sentence, not nan."""
-    with pytest.raises(ValueError, match="at least N = 2"):
-        nb.kernel_distance(normal(n1, 4, 0), normal(n2, 4, 1))
+    few, enough = torch.zeros(n, 4), normal(8, 4, 1)
+    for compute in (lambda: nb.moments(few), lambda: nb.kernel_distance(few, enough), lambda: nb.kernel_distance(enough, few)):
+        with pytest.raises(ValueError, match=rf"at least N = 2 .*{n}"):
+            compute()
 
 
 # ------------------------------------------------------------------------------------------------------ kernel
@@ -141,12 +123,10 @@ def test_kernel_distance_is_unbiased(nb):
     assert 2 * (diagonal.mean() - 1) / 10 > 12 * draws.std() / math.sqrt(len(draws))
 
 
-def test_kernel_distance_sees_a_shift_and_half_precision(nb):
-    a, b = normal(200, 6, 0), normal(200, 6, 1)
-    assert nb.kernel_distance(a, b + 1) > 20 * abs(nb.kernel_distance(a, b))
-    assert nb.kernel_distance(a.half(), b.half()) == pytest.approx(
-        nb.kernel_distance(a.half().double(), b.half().double()), rel=1e-12
-    ), "float64 inside: the bundled held-out features are float16"
+def test_kernel_distance_computes_in_float64(nb):
+    """The bundled held-out features are float16."""
+    a, b = normal(200, 6, 0).half(), normal(200, 6, 1).half()
+    assert nb.kernel_distance(a, b) == pytest.approx(nb.kernel_distance(a.double(), b.double()), rel=1e-12)
 
 
 # --------------------------------------------------------------------------------------------------- jackknife
@@ -162,17 +142,10 @@ def test_jackknife_of_a_mean_is_the_textbook_interval(nb, blocks):
     x = normal(32, 1, 0).flatten()
     means = np.array([x[b::blocks].mean() for b in range(blocks)])
     half = scipy.stats.t.ppf(0.975, blocks - 1) * means.std(ddof=1) / math.sqrt(blocks)
-    value, low, high = nb.jackknife(mean_of, x, blocks)
+    value, low, high = nb.jackknife(mean_of, x, blocks).values()
     assert value == pytest.approx(float(x.mean()), rel=1e-12)
     assert value - low == pytest.approx(half, rel=1e-9)
     assert high - value == pytest.approx(half, rel=1e-9)
-
-
-def test_jackknife_of_one_block_each_is_the_t_interval(nb):
-    x = normal(20, 1, 1).flatten()
-    _, low, high = nb.jackknife(mean_of, x, blocks=20)
-    expected = scipy.stats.t.interval(0.95, 19, float(x.mean()), scipy.stats.sem(x.numpy()))
-    assert (low, high) == pytest.approx(expected, rel=1e-9)
 
 
 def test_jackknife_hands_over_whole_rows(nb):
@@ -186,23 +159,16 @@ def test_jackknife_covers_the_truth(nb, statistic):
     """95 % of 500 intervals, give or take 4 standard errors of a proportion (0.04)."""
     x = 2 + normal(500, 64, 5)
     truth = statistic(torch.tensor([2.0]))
-    intervals = [nb.jackknife(statistic, sample)[1:] for sample in x]
+    intervals = [[*nb.jackknife(statistic, sample).values()][1:] for sample in x]
     covered = np.mean([low <= truth <= high for low, high in intervals])
     assert 0.91 <= covered <= 0.99
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 7])
-def test_jackknife_of_fewer_samples_than_blocks(nb, n):
-    """A block that leaves out nothing would shrink the interval: refuse it, or leave out one sample at a time."""
+@pytest.mark.parametrize("n", [2, 4, 7, 20])
+def test_jackknife_of_no_more_samples_than_blocks_is_the_t_interval(nb, n):
+    """A block that leaves out nothing would shrink the interval: one sample at a time is left out."""
     x = normal(n, 1, 3).flatten()
-    if n == 1:
-        with pytest.raises(ValueError, match="at least"):
-            nb.jackknife(mean_of, x)
-        return
-    try:
-        value, low, high = nb.jackknife(mean_of, x)
-    except ValueError:
-        return
+    value, low, high = nb.jackknife(mean_of, x, blocks=20).values()
     expected = scipy.stats.t.interval(0.95, n - 1, value, scipy.stats.sem(x.numpy()))
     assert (low, high) == pytest.approx(expected, rel=1e-9)
 
@@ -217,34 +183,15 @@ def pictures(n, channels, size, seed=0):
     return torch.nn.functional.interpolate(coarse, size=(size, size)).to(torch.uint8)
 
 
-@pytest.fixture(scope="module")
-def gray_features(nb):
-    return nb.image_features(pictures(11, 1, 28))
-
-
-def test_features_shape(gray_features):
-    assert gray_features.shape == (11, 320)
-    assert gray_features.dtype == torch.float32
-    assert gray_features.device.type == "cpu"
-    assert gray_features.isfinite().all()
-    spread = (gray_features - gray_features.mean(0)).norm() / gray_features.norm()
-    assert spread > 0.1, "different images, different features"
-
-
-def test_gray_is_rgb_repeated(nb, gray_features):
-    rgb = pictures(11, 1, 28)[:3].repeat(1, 3, 1, 1)
-    # a batch of 3 and a batch of 8 may take other kernels: float32 rounding through 50 layers
-    torch.testing.assert_close(nb.image_features(rgb), gray_features[:3], rtol=1e-3, atol=1e-4)
-
-
-def test_colour_counts(nb):
-    colour = pictures(2, 3, 32)
-    assert not torch.allclose(nb.image_features(colour), nb.image_features(colour.flip(1)), atol=1e-2)
-
-
-def test_features_do_not_depend_on_the_batch(nb, gray_features):
-    alone = torch.cat([nb.image_features(image[None]) for image in pictures(11, 1, 28)[7:10]])
-    torch.testing.assert_close(alone, gray_features[7:10], rtol=1e-3, atol=1e-4)
+def test_features_are_those_of_each_image(nb):
+    gray, colour = pictures(11, 1, 28), pictures(2, 3, 32)
+    whole = nb.image_features(gray)
+    assert (whole.shape, whole.dtype, whole.device.type) == ((11, 320), torch.float32, "cpu")
+    assert (whole - whole.mean(0)).norm() / whole.norm() > 0.1, "different images, different features"
+    alone = torch.cat([nb.image_features(image[None].repeat(1, 3, 1, 1)) for image in gray[7:10]])
+    # a batch of 1 and a batch of 8 may take other kernels: float32 rounding through 50 layers
+    torch.testing.assert_close(alone, whole[7:10], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(nb.image_features(colour), nb.image_features(colour.flip(1)), atol=1e-2), "colour counts"
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 64), (3, 256)])
@@ -262,7 +209,7 @@ def test_the_network_sees_224_pixels_in_its_own_range(nb, channels, size):
     torch.testing.assert_close(seen[0][1], torch.full((3, 224, 224), 1.0))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
 def test_features_refuse_anything_but_uint8(nb, dtype):
     with pytest.raises(TypeError, match="uint8"):
         nb.image_features(torch.zeros(2, 1, 28, 28, dtype=dtype))
@@ -272,37 +219,20 @@ def test_features_refuse_anything_but_uint8(nb, dtype):
 
 
 @pytest.mark.parametrize(("n", "rungs"), [(10, []), (16, [16]), (70, [16, 32, 64]), (600, [16, 32, 64, 128, 256, 512])])
-def test_reference_floors_follow_the_ladder(nb, n, rungs):
-    reference = nb.make_reference(mixed(300, 6, 0), mixed(n, 6, 0))
-    assert [row[0] for row in reference.floors.tolist()] == rungs
-    assert reference.floors.shape in ((len(rungs), 4), (0,))
-    for _, mean, low, high in reference.floors.tolist():
-        assert 0 < low <= mean <= high
-
-
-def shuffled(heldout):
-    """Held-out rows in the fixed random order of make_reference: a source may be sorted, as MNIST's test split is."""
-    return heldout[torch.randperm(len(heldout), generator=torch.Generator().manual_seed(0))]
-
-
-def test_reference_keeps_the_training_moments_and_512_held_out(nb):
-    train, heldout = mixed(300, 6, 0), mixed(600, 6, 1)
+def test_reference_holds_training_moments_held_out_features_and_floors_on_the_ladder(nb, n, rungs):
+    """Floors are those of disjoint draws; the order is a fixed random one, as a source may be sorted (MNIST's test split is)."""
+    train, heldout = mixed(300, 6, 0), mixed(n, 6, 1)
     reference = nb.make_reference(train, heldout, "FID")
-    mean, cov = nb.moments(train)
-    assert torch.equal(reference.mean, mean)
-    assert torch.equal(reference.cov, cov)
-    assert torch.equal(reference.heldout, shuffled(heldout)[:512])
-    assert int(reference.n_real) == 300
-    assert reference.metric == "FID"
-    assert nb.make_reference(train, heldout).metric == "FD-EffNet"
-
-
-def test_reference_floors_are_disjoint_draws(nb):
-    train, heldout = mixed(300, 6, 0), mixed(70, 6, 1)
-    drawn = shuffled(heldout)
-    expected = [nb.frechet_distance(*nb.moments(drawn[k : k + 16]), *nb.moments(train)) for k in (0, 16, 32, 48)]
-    _, mean, low, high = nb.make_reference(train, heldout).floors[0].tolist()
-    assert (mean, low, high) == pytest.approx((np.mean(expected), min(expected), max(expected)), rel=1e-6)
+    drawn = heldout[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
+    assert torch.equal(reference.heldout, drawn[:512])
+    assert (int(reference.n_real), reference.metric) == (300, "FID")
+    assert reference.distance(drawn[:8]) == pytest.approx(nb.frechet_distance(*nb.moments(drawn[:8]), *nb.moments(train)))
+    expected = []
+    for rung in rungs:
+        parts = [drawn[k : k + rung] for k in range(0, n - rung + 1, rung)][:16]
+        floors = [nb.frechet_distance(*nb.moments(part), *nb.moments(train)) for part in parts]
+        expected.append(pytest.approx([rung, np.mean(floors), min(floors), max(floors)], rel=1e-6))
+    assert reference.floors.tolist() == expected
 
 
 def test_reference_floors_fall_with_n(nb):
@@ -310,15 +240,6 @@ def test_reference_floors_fall_with_n(nb):
     x = normal(4000, 24, 0)
     floors = nb.make_reference(x[:2000], x[2000:]).floors[:, 1].tolist()
     assert all(0.3 * a < b < 0.75 * a for a, b in itertools.pairwise(floors[1:5]))
-
-
-def test_reference_distance_is_the_frechet_distance(nb):
-    train, features = mixed(300, 6, 0), mixed(40, 6, 1)
-    reference = nb.make_reference(train, mixed(20, 6, 2))
-    expected = nb.frechet_distance(*nb.moments(features), *nb.moments(train))
-    assert reference.distance(features) == pytest.approx(expected, rel=1e-12)
-    with pytest.raises(ValueError, match="at least N = 2"):
-        reference.distance(features[:1])
 
 
 def test_bundled_reference_is_loaded_whole(nb):
@@ -341,14 +262,3 @@ def test_paired_rms_is_per_image_on_the_scale_of_the_sampler(nb):
     black, white = torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.full((2, 1, 4, 4), 255, dtype=torch.uint8)
     mixed = torch.cat([black[:1], white[:1]])
     assert nb.paired_rms(black, mixed).tolist() == [0.0, 2.0]
-
-
-@pytest.mark.parametrize("n", [2, 5, 30, 31, 64])
-def test_the_distance_of_few_images_is_the_distance(nb, n):
-    """Below N = D the trace is taken from an N x N matrix."""
-    draw = torch.Generator().manual_seed(n)
-    train, few = torch.randn(200, 30, generator=draw) @ torch.randn(30, 30, generator=draw), torch.randn(n, 30, generator=draw)
-    mean, cov = nb.moments(train)
-    assert nb.distance_to(few, mean, cov) == pytest.approx(nb.frechet_distance(*nb.moments(few), mean, cov), rel=1e-8)
-    with pytest.raises(ValueError, match="at least N = 2"):
-        nb.distance_to(few[:1], mean, cov)

@@ -26,8 +26,8 @@ SECTIONS = ["foundations", *(f"exercise-{i}" for i in range(1, 6)), "stability",
 ORDER = ["parameters", "setup", "foundations", *(f"exercise-{i}" for i in range(1, 6)), "stability", "speed", "summary"]
 COLUMNS = ["run", "metric", "value", "low", "high", "N", "n_real", "dataset", "method", "eta", "variance", "spacing"]
 COLUMNS += ["steps", "seed", "detail"]
-BUDGET = {"parameters": 9, "setup": 550, "foundations": 150, "exercise-1": 100, "exercise-2": 110, "exercise-3": 150}
-BUDGET |= {"exercise-4": 250, "exercise-5": 150, "stability": 90, "speed": 90, "summary": 60}  # lines of code at most
+BUDGET = {"parameters": 9, "setup": 725, "foundations": 160, "exercise-1": 100, "exercise-2": 110, "exercise-3": 150}
+BUDGET |= {"exercise-4": 250, "exercise-5": 155, "stability": 90, "speed": 90, "summary": 60}  # lines of code at most
 ENVIRONMENT = os.environ | {  # every way out is closed: a proxy where nothing listens
     **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9"),
     "no_proxy": "127.0.0.1,localhost",
@@ -122,7 +122,7 @@ def test_the_notebook_keeps_its_budget(committed):
         parts[section_tag(cell)] = parts.get(section_tag(cell), 0) + lines_of(cell)
     over = {part: n for part, n in parts.items() if n > BUDGET[part]}
     assert not over, f"more lines than {BUDGET}: {over}"
-    assert sum(parts.values()) <= 1700
+    assert sum(parts.values()) <= 1775
     assert len(cells) <= 120
     assert not {c.id: lines_of(c) for c in cells if lines_of(c) > 40}
     assert sorted(map(lines_of, cells))[len(cells) // 2] <= 17

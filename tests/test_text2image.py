@@ -5,14 +5,13 @@ import json
 import re
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, cells_tagged, execute
+from conftest import ROOT, cells_tagged, execute, set_up
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -26,18 +25,21 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-DEFINITIONS = ("model", "load", "find", "draw", "retrieval", "request", "fulfil")
+DEFINITIONS = ("model", "load", "draw", "score", "gallery")
 BUNDLED = ROOT / "outputs/checkpoints/text2image"
 
 
 @pytest.fixture(scope="module")
-def text(nb):
-    """The set-up with exercise 5's definitions; nothing is loaded or drawn."""
-    nb.STEPS, nb.GUIDANCE, nb.COLUMNS_SHOWN = 2, 4.0, 1
+def text(_in_the_repository, tmp_path_factory):
+    """The set-up with exercise 5's definitions, two steps a picture; what they measure is kept small."""
+    module = set_up("text2image", PROFILE="smoke", OUTPUT_DIR=str(tmp_path_factory.mktemp("run")), PROMPTS=())
+    module.DEVICE = torch.device("cpu")
     for cell_id, source in cells_tagged("exercise-5"):
-        if cell_id.removeprefix("exercise-5-") in DEFINITIONS:
-            execute(nb, cell_id, source)
-    return nb
+        if cell_id.removeprefix("e5-") in DEFINITIONS:
+            execute(module, cell_id, source)
+        module.E5_STEPS, module.E5_SCORED = 2, 2
+    yield module
+    del sys.modules["text2image"]
 
 
 def tiny_vae():
@@ -98,7 +100,7 @@ def stable_diffusion(folder):
 
 def ldm(nb):
     """The classes of CompVis/ldm-text2im-large-256 with tiny random weights."""
-    tokenizer, _ = nb.minilm()
+    tokenizer = nb.TEXT_MODELS[-1].pipe.tokenizer
     config = LDMBertConfig(
         vocab_size=len(tokenizer), encoder_layers=1, encoder_ffn_dim=16, encoder_attention_heads=2, head_dim=8, d_model=16
     )
@@ -147,11 +149,11 @@ def test_a_folder_of_each_kind_and_layout_loads_and_draws(text, pipelines, tmp_p
         assert list((tmp_path / "model" / "unet").glob("*.index*.json")), "the folder is sharded"
     capfd.readouterr()
     given = next(iter(text.HUB_TEXT.values())) if "variant" in settings else {}
-    model = text.TextModel("tiny", "hub", text.text_pipeline(str(tmp_path / "model"), **given))
+    model = text.text_model(str(tmp_path / "model"), "hub", **given)
     assert type(model.pipe) is type(pipelines[kind])
     for key, value in pipelines[kind].unet.state_dict().items():
         assert torch.equal(model.pipe.unet.state_dict()[key], value), key
-    pictures = text.draw(model, ["a cat", ""], [0, 1], 2, 3.0)
+    pictures = text.paint(model, ["a cat", ""], [0, 1], 3.0)
     assert pictures.shape == (2, 3, 32, 32)
     assert pictures.dtype == torch.uint8
     assert capfd.readouterr().err == "", "loading says nothing on stderr"
@@ -167,47 +169,37 @@ def model(text, pipelines):
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_denoise_gives_the_pipelines_own_images(text, model, w, eta, monkeypatch):
     latents, prompts = text.image_noise([3, 4], model.shape), ["red apple", "house, flat"]
-    drawn = text.draw(model, prompts, [3, 4], 4, w, eta)
-    step = iter(range(1, 5))
+    drawn = text.paint(model, prompts, [3, 4], w, eta)
+    step = iter(range(1, 3))
     fresh = lambda shape, **_: text.image_noise([3, 4], shape[1:], next(step))  # noqa: E731
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddim.randn_tensor", fresh)
-    settings = {"guidance_scale": w, "num_inference_steps": 4, "eta": eta, "output_type": "pt"}
+    settings = {"guidance_scale": w, "num_inference_steps": 2, "eta": eta, "output_type": "pt"}
     theirs = model.pipe(prompts, latents=latents, **settings).images
     assert (text.to_uint8(theirs * 2 - 1).int() - drawn.int()).abs().max() <= 1
 
 
 def test_a_picture_belongs_to_its_prompt_and_seed(text, model):
-    together = text.draw(model, ["cat", "dog", "cat"], [5, 6, 7], 2, 4.0)
-    alone = text.draw(model, ["dog"], [6], 2, 4.0)
+    together = text.paint(model, ["cat", "dog", "cat"], [5, 6, 7])
+    alone = text.paint(model, ["dog"], [6])
     assert (together[1:2].int() - alone.int()).abs().max() <= 1
     assert not torch.equal(together[0], together[2])
 
 
 def test_guidance_moves_from_without_text_along_the_difference(text, model):
-    z, prompts = text.image_noise([0, 1], model.shape), ["red apple", "cat"]
+    """One step, undone: the noise that `denoise` was given is without + w (told - without)."""
+    prompts, seeds = ["red apple", "cat"], [0, 1]
+    z, t = text.image_noise(seeds, model.shape), text.step_list(2)[0]
+    ab = float(model.alpha_bar[t])
     with torch.inference_mode():
-        without, told = model(z, 500), model(z, 500, model.tell(prompts))
+        without, told = model(z, t), model(z, t, model.tell(prompts))
         for w in (0.0, 1.0, 2.5):
-            torch.testing.assert_close(text.guided(model, prompts, w)(z, 500), without + w * (told - without))
+            state = next(text.latent_states(model, prompts, seeds, w))
+            eps = (z - ab**0.5 * state.x0) / (1 - ab) ** 0.5
+            torch.testing.assert_close(eps, without + w * (told - without), rtol=1e-3, atol=1e-3)
     assert not torch.equal(without, told)
 
 
 # ------------------------------------------------------------------ faults
-
-
-def test_short_memory_offloads_and_plenty_does_not(text, pipelines, tmp_path, monkeypatch):
-    pipelines["sd"].save_pretrained(tmp_path / "model")
-    calls = []
-    monkeypatch.setattr(text, "DEVICE", types.SimpleNamespace(type="cuda"))
-    monkeypatch.setattr(StableDiffusionPipeline, "to", lambda self, device: calls.append("to") or self)
-    monkeypatch.setattr(StableDiffusionPipeline, "enable_model_cpu_offload", lambda self: calls.append("offload"))
-    for free in (4e9, 40e9):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 80e9))
-        pipe = text.text_pipeline(str(tmp_path / "model"))
-        assert pipe.unet.dtype == torch.float16
-        assert pipe.vae.use_slicing
-    assert calls[0] == "offload"
-    assert calls[-1] == "to"
 
 
 BREAKS = {
@@ -223,92 +215,36 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("fault", BREAKS)
-def test_a_half_downloaded_folder_is_named(text, pipelines, tmp_path, fault):
+def test_a_half_downloaded_folder_is_named(text, pipelines, tmp_path, fault, capsys):
     pipelines["sd"].save_pretrained(tmp_path / "model")
     BREAKS[fault](tmp_path / "model")
-    with pytest.raises(FileNotFoundError, match="not at hand, or not whole"):
-        text.text_pipeline(str(tmp_path / "model"))
-
-
-def test_what_cannot_be_had_is_one_line_each_and_the_run_goes_on(text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(text, "BUNDLED", tmp_path)
-    monkeypatch.setattr(text, "SOURCE_IN_FORCE", "hub")
-    monkeypatch.setattr(text, "DEVICE", types.SimpleNamespace(type="cuda"))
-    text.minilm()
-    assert text.text_models() == []
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(text.HUB_TEXT) + 1
-    assert all("not at hand" in line for line in lines)
-
-
-def test_without_cuda_the_hub_is_left_alone(text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(text, "BUNDLED", tmp_path)
-    monkeypatch.setattr(text, "SOURCE_IN_FORCE", "hub")
-    assert text.text_models() == []
-    assert "stable" not in capsys.readouterr().out
-
-
-REMARKS = [
-    ("red apple, flat", 5, 4.0, None),
-    ("", 5, 4.0, "empty"),
-    ("  ", 5, 4.0, "empty"),
-    ("apple " * 100, 5, 4.0, "cut from: 'apple"),
-    ("🍎", 5, 4.0, "does not know"),
-    ("красное яблоко", 5, 4.0, "not plain English"),
-    ("red apple", 5, 0.0, "ignored"),
-]
-
-
-@pytest.mark.parametrize(("prompt", "steps", "w", "expected"), REMARKS)
-def test_what_a_request_cannot_mean_is_said(text, model, prompt, steps, w, expected):
-    remarks = text.check_request(model, prompt, steps, w)
-    assert (remarks == []) if expected is None else any(expected in remark for remark in remarks)
-
-
-def test_exactly_77_tokens_are_not_cut(text, model):
-    assert text.check_request(model, "apple " * 75, 5, 4.0) == []
-    assert "cut from" in text.check_request(model, "apple " * 76, 5, 4.0)[0]
-
-
-@pytest.mark.parametrize(("steps", "w"), [(0, 4.0), (-1, 4.0), (1001, 4.0), (5, -1.0), (5, float("nan")), (5, 1e6)])
-def test_an_impossible_request_is_refused_with_a_sentence(text, model, run, steps, w, capsys):
-    assert text.fulfil(model, "red apple", steps, w) == []
-    assert re.search(r"refused\. .* cannot be used; allowed: .*\.", capsys.readouterr().out)
-    assert not (run / "images").exists()
+    assert text.text_model(str(tmp_path / "model"), "hub") is None
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1
+    assert "not at hand, or not whole" in line
 
 
 @pytest.mark.parametrize(
-    "prompt", ["red apple, flat", "../../etc/passwd", "", "красное яблоко", "🍎", "a/b\\c:d*e\n\0", "x" * 500]
+    "prompt", ["red apple, flat", "../../etc/passwd", "", "красное яблоко", "🍎", "a/b\\c:d*e\n\0", "costs $5 and $6", "x" * 500]
 )
-def test_pictures_have_safe_names_and_tell_how_they_were_made(text, model, run, prompt):
-    path = text.save_picture(torch.zeros(3, 8, 8, dtype=torch.uint8), model, prompt, 7, 5, 4.0)
-    assert path.parent == run / "images"
-    assert re.fullmatch(r"[a-z0-9-]{1,80}\.png", path.name)
-    facts = Image.open(path).text
-    told = {"model": "tiny", "prompt": prompt.replace("\0", ""), "seed": "7", "guidance": "4.0", "steps": "5"}
+def test_any_prompt_is_drawn_saved_and_tells_how_it_was_made(text, model, tmp_path, monkeypatch, prompt):
+    monkeypatch.setattr(text, "OUTPUT", tmp_path)
+    monkeypatch.setattr(text, "E5_ACROSS", 1)
+    text.gallery(model, [prompt, prompt], "test", "Pictures of a test, a row per prompt")
+    assert (tmp_path / "figures" / "exercise-5-test-tiny.png").stat().st_size > 1000
+    paths = sorted((tmp_path / "images").iterdir())
+    assert len(paths) == 2, "the same prompt twice does not overwrite"
+    assert all(re.fullmatch(r"[a-z0-9-]{1,80}\.png", path.name) for path in paths)
+    facts = Image.open(paths[0]).text
+    told = {"model": "tiny", "prompt": prompt.replace("\0", ""), "seed": "0", "guidance": "4.0", "steps": "2"}
     assert {key: facts[key].replace("\0", "") for key in told} == told
-
-
-def test_different_requests_do_not_overwrite_each_other(text, model, run):
-    black = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    asked = [("яблоко", 0, 5, 4.0), ("груша", 0, 5, 4.0), ("a b", 0, 5, 4.0), ("a,b", 0, 5, 4.0), ("a b", 1, 5, 4.0)]
-    asked += [("a b", 0, 6, 4.0), ("a b", 0, 5, 2.0)]
-    assert len({text.save_picture(black, model, *request) for request in asked}) == len(asked)
 
 
 # ------------------------------------------------------------------ the score
 
 
-def test_retrieval_finds_the_nearest_caption_after_standardising(text):
-    means = torch.eye(4)
-    reference = {"mean": torch.full((4,), 5.0), "std": torch.tensor([1.0, 2.0, 3.0, 4.0]), "seen": means.half()}
-    features = reference["mean"] + reference["std"] * (7 * means[[2, 0, 3]] + 0.1)
-    assert text.retrieved(features, reference, "seen").tolist() == [2, 0, 3]
-
-
-def test_top1_is_the_share_with_wilsons_interval(text, run):
-    text.begin("exercise-5")
-    row = text.top1(torch.arange(100) < 20, method="DDIM")
+def test_top1_is_the_share_with_wilsons_interval(text):
+    row = text.add_top1(torch.arange(100) < 20, method="DDIM", detail="a test")
     assert row.value == 0.2
     assert (row.low, row.high) == pytest.approx((0.1333669, 0.2888292), abs=1e-6)  # by hand from Wilson's formula
 

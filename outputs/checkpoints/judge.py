@@ -59,7 +59,7 @@ def nearest_l2(images: Tensor, training: Tensor) -> float:
     return float(torch.stack(near).min(0).values.median()) / 127.5
 
 
-def distances(nb: Any, model: Any, reference: Any, detail: str, N: int) -> list[dict[str, str]]:
+def distances(nb: Any, section: Any, model: Any, reference: Any, detail: str, N: int) -> list[dict[str, str]]:
     """Rows and table lines of both samplers, and, of a finished network, its untrained control."""
     runs = [("DDIM", model, 50, 0.0), ("DDPM", model, 100, 1.0)]
     if not detail.startswith("race"):
@@ -74,8 +74,7 @@ def distances(nb: Any, model: Any, reference: Any, detail: str, N: int) -> list[
             (reference.metric, reference.distance, int(reference.n_real)),
             ("KD-EffNet", lambda f: nb.kernel_distance(f, reference.heldout), len(reference.heldout)),
         ):
-            value, low, high = nb.jackknife(of, features)
-            rows.append(nb.record("training", metric, value, low=low, high=high, n_real=n_real, detail=detail, **about))
+            rows.append(section.add(metric, **nb.jackknife(of, features), n_real=n_real, detail=detail, **about))
         floor = f"{floors[N]:.1f}" if N in floors else "too few held out"
         lines.append({"sampler": f"{method}, {steps} steps", "N": str(N), reference.metric: f"{rows[0]:.1f}", "floor": floor})
         lines[-1]["KD-EffNet"] = f"{rows[1]:.2f}"
@@ -90,11 +89,10 @@ def markdown(lines: list[dict[str, str]]) -> str:
 
 def race_table(nb: Any, name: str) -> str:
     """The race's rows of a data set as a table, a line a network."""
-    rows = nb.results("training", dataset=name)
-    rows = rows[rows["detail"].str.startswith("race: ")]
+    rows = pd.DataFrame([dict(row) for row in nb.results("training", dataset=name) if row.detail.startswith("race: ")])
     if not len(rows):
         return ""
-    rows["column"] = rows["metric"] + ", " + rows["method"] + "-" + rows["steps"]
+    rows["column"] = rows["metric"] + ", " + rows["method"] + "-" + rows["steps"].astype(str)
     rows = rows.assign(text=rows["value"].map(nb.short), network=rows["detail"].str[6:])
     table = rows.pivot_table(index="network", columns="column", values="text", aggfunc="last").reset_index()
     text = f"\n## Race\nNetworks measured before this one, N = {rows['N'].iloc[-1]}, seed 0:\n\n"
@@ -107,11 +105,11 @@ def judge_images(nb: Any, name: str, recipe: Recipe, data: Path, out: Path, race
     training, heldout = training_images(name, data, recipe)
     reference = reference_of(nb, folder, training, heldout)
     nb.BUNDLED = out
-    model = nb.load_checkpoint(name)
+    model, section = nb.load_checkpoint(name), nb.Section("training")
     log = pd.read_csv(out / f"{name}-training" / "unet.csv")
     seen, minutes = int(log["images"].iloc[-1]), log["seconds"].iloc[-1] / 60
     if race:
-        distances(nb, model, reference, f"race: {race}, {seen:,} images in {minutes:.0f} minutes", 64)
+        distances(nb, section, model, reference, f"race: {race}, {seen:,} images in {minutes:.0f} minutes", 64)
         return
     for metric, value in (
         ("loss", log["loss"].tail(5).mean()),
@@ -119,8 +117,8 @@ def judge_images(nb: Any, name: str, recipe: Recipe, data: Path, out: Path, race
         ("training_minutes", minutes),
         ("images_per_s", seen / minutes / 60),
     ):
-        nb.record("training", metric, value, dataset=name)
-    lines = distances(nb, model, reference, "", N)
+        section.add(metric, value, dataset=name)
+    lines = distances(nb, section, model, reference, "", N)
     near = {"samples": nb.sample_images(model, range(8), 50), "held-out real images": heldout[:8]}
     near = ", ".join(f"{what} {nearest_l2(images, training):.2f}" for what, images in near.items())
     card = (folder / "README.md").read_text(encoding="utf-8").split("\n## Quality")[0].rstrip()
@@ -176,8 +174,9 @@ def judge_text(nb: Any, data: Path, out: Path) -> None:
     real = images[torch.tensor(held)][:256]
     gap = nb.to_uint8(torch.cat([vae(x.float() / 127.5 - 1).sample for x in real.split(64)])).float() - real
     error, psnr = gap.abs().mean(), 10 * (255**2 / gap.square().mean()).log10()
+    section = nb.Section("training")
     for metric, value in (("reconstruction_error", error), ("reconstruction_psnr", psnr)):
-        nb.record("training", metric, float(value), dataset="text2image", N=len(real))
+        section.add(metric, value, dataset="text2image", N=len(real))
     card = (folder / "README.md").read_text(encoding="utf-8").split("\n## Quality")[0].rstrip()
     found = " and ".join(f"{facts['real_top1'][k] / facts['n_real'][k]:.2f} ({k} captions)" for k in ("seen", "unseen"))
     card += f"\n\n## Quality\nHeld-out drawings come back from the autoencoder with a mean absolute error of {error:.1f} of 255\n"
@@ -196,13 +195,11 @@ def main() -> None:
     parser.add_argument("--race", default="", metavar="WHAT", help="what makes this network of a race another than the rest")
     given = parser.parse_args()
     nb = notebook_setup(given.results)
-    nb.begin("training")
     for name in given.names:
         if name == "text2image":
             judge_text(nb, given.data, given.out)
         else:
             judge_images(nb, name, RECIPES[name], given.data, given.out, given.race)
-    nb.finish("training")
 
 
 if __name__ == "__main__":
