@@ -277,6 +277,12 @@ def test_a_machine_without_git_is_served(nb, run, monkeypatch):
     assert nb.Section("s").made["commit"] == ""
 
 
+def test_rows_are_tables_and_say_what_they_lack(nb, section):
+    rows = [section.add("KID", 1.0, steps=S) for S in (5, 10)]
+    assert pd.DataFrame(rows)["steps"].tolist() == [5, 10]
+    assert not hasattr(rows[0], "stepz")
+
+
 @pytest.mark.parametrize(
     ("columns", "plain", "fixed"),
     [
@@ -761,6 +767,20 @@ def test_own_images_are_read_and_split_and_become_the_reference(nb, data_dir, la
     assert all(torch.equal(*pair) for pair in zip(nb.real_images("mnist"), (training, heldout), strict=True))
     reference = nb.load_reference("mnist", "bundled")
     assert (int(reference.n_real), len(reference.heldout), reference.metric) == (16, 4, "FD-EffNet")
+
+
+def test_own_statistics_are_computed_once(nb, run, data_dir, monkeypatch):
+    """As in another sitting, and in another kernel: the features of real images lie in the cache."""
+    fill(data_dir, "folder", [picture(k) for k in range(20)])
+    calls, real = [], nb.image_features
+    monkeypatch.setattr(nb, "image_features", lambda images, metric: calls.append(len(images)) or real(images, metric))
+    monkeypatch.setattr(nb, "CACHE", nb.joblib.Memory(run / "cache", verbose=0))
+    first = nb.load_reference("mnist", "bundled")
+    nb.load_reference.cache_clear()
+    again = nb.load_reference("mnist", "bundled")
+    assert calls == [16, 4]
+    assert torch.equal(again.floors, first.floors)
+    assert (again.metric, int(again.n_real)) == ("FD-EffNet", 16)
 
 
 def test_a_hub_data_set_that_is_gone_costs_the_distance_not_the_run(nb, monkeypatch, capsys):

@@ -465,10 +465,3 @@ def test_inversion_by_hand(nb, alpha_bar, dtype):
     assert torch.equal(states[0].x0, x_0)
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(states[0].x, math.sqrt(ab) * x_0 + math.sqrt(1 - ab) * smooth(x_0, 30), **tolerance)
-
-
-def test_inversion_clips_only_when_told(nb, alpha_bar):
-    x_0 = 2 * torch.ones(1, 4)
-    free, clipped = (list(nb.invert(smooth, x_0, alpha_bar, [900, 500, 0], clip=c)) for c in (None, 1.0))
-    assert float(free[0].x0.max()) == 2
-    assert all(s.x0.abs().max() <= 1 for s in clipped)

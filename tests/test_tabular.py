@@ -122,13 +122,22 @@ def test_rows_survive_encoding_and_decoding(tab, cells, seed):
         )
 
 
+def violations(synthetic, train):
+    """Entries outside the training range (numbers) or levels (categories)."""
+    inside = [
+        v.isin(train[c]) if train[c].dtype == "category" else v.between(train[c].min(), train[c].max())
+        for c, v in synthetic.items()
+    ]
+    return sum(int((~column).sum()) for column in inside)
+
+
 @settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 1000))
 def test_any_vector_decodes_to_the_training_range_levels_and_types(tab, seed, scale):
     train = small_table()
     x = scale * torch.randn(50, 5, generator=torch.Generator().manual_seed(seed))
     back = tab.TableEncoder(train).decode(x)
-    assert tab.violations(back, train) == 0
+    assert violations(back, train) == 0
     assert list(back) == list(train)
     assert (back.dtypes == train.dtypes).all()
 
@@ -275,21 +284,13 @@ def test_the_same_table_scores_perfectly(tab):
     real = small_table()
     assert set(tab.column_shapes(real, real)) == {1.0}
     assert np.allclose(tab.column_pair_trends(real, real), 1)
-    assert tab.violations(real, real) == 0
-
-
-def test_violations_are_counted_by_entry(tab):
-    train = small_table()
-    bad = train.assign(a=train["a"].where(train.index > 2, 99.0), d=train["d"].astype(str).where(train.index > 0, "?"))
-    assert tab.violations(bad, train) == 4
 
 
 def test_a_classifier_tells_a_shifted_table_apart_but_not_fresh_rows(tab):
     real, fresh = small_table(seed=0), small_table(seed=5)
     shifted = fresh.assign(c=fresh["c"] + 3)
-    for boosted in (False, True):
-        assert tab.told_apart(real, shifted, boosted) > 0.95
-    assert 0.4 < tab.told_apart(real, fresh, boosted=False) < 0.6
+    assert tab.told_apart(real, shifted) > 0.95
+    assert 0.4 < tab.told_apart(real, fresh) < 0.6
 
 
 def test_utility_is_high_for_real_rows_and_lost_without_relations(tab):
@@ -318,7 +319,7 @@ def test_each_yardstick_keeps_types_ranges_and_what_it_promises(tab, name):
     assert len(rows) == 1200
     assert list(rows) == list(train)
     assert (rows.dtypes == train.dtypes).all()
-    assert tab.violations(rows, train) == 0
+    assert violations(rows, train) == 0
     assert tab.column_shapes(train, rows).min() > 0.9
     relation = rows["a"].corr(rows["b"])
     assert abs(relation) < 0.1 if name == "marginals" else relation > 0.97

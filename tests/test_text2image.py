@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-DEFINITIONS = ("model", "load", "draw", "score", "gallery")
+DEFINITIONS = ("model", "load", "begin", "draw", "score", "answer", "gallery")
 BUNDLED = ROOT / "outputs/checkpoints/text2image"
 
 
@@ -193,9 +193,10 @@ def test_guidance_moves_from_without_text_along_the_difference(text, model):
     with torch.inference_mode():
         without, told = model(z, t), model(z, t, model.tell(prompts))
         for w in (0.0, 1.0, 2.5):
-            state = next(text.latent_states(model, prompts, seeds, w))
-            eps = (z - ab**0.5 * state.x0) / (1 - ab) ** 0.5
+            eps = text.guided(model, model.tell(prompts), w, z, t)
             torch.testing.assert_close(eps, without + w * (told - without), rtol=1e-3, atol=1e-3)
+            state = next(text.latent_states(model, prompts, seeds, w))
+            torch.testing.assert_close((z - ab**0.5 * state.x0) / (1 - ab) ** 0.5, eps, rtol=1e-3, atol=1e-3)
     assert not torch.equal(without, told)
 
 
@@ -224,12 +225,23 @@ def test_a_half_downloaded_folder_is_named(text, pipelines, tmp_path, fault, cap
     assert "not at hand, or not whole" in line
 
 
+def test_prompts_that_begin_alike_keep_rows_of_their_own(text, model, tmp_path, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(text, "OUTPUT", tmp_path)
+    monkeypatch.setattr(text, "E5_SEEDS", range(1))
+    monkeypatch.setattr(text, "show_figure", lambda *_: None)
+    monkeypatch.setattr(text, "image_rows", lambda rows, *_: shown.update(rows))
+    text.gallery(model, ["costs $5 and $6", *(f"{'very ' * 20}{end}" for end in ("red", "blue"))], "test", "Pictures of a test")
+    assert len(shown) == 3
+    assert next(iter(shown)) == r"1. costs \$5 and \$6", "a price, not a formula"
+
+
 @pytest.mark.parametrize(
     "prompt", ["red apple, flat", "../../etc/passwd", "", "красное яблоко", "🍎", "a/b\\c:d*e\n\0", "costs $5 and $6", "x" * 500]
 )
 def test_any_prompt_is_drawn_saved_and_tells_how_it_was_made(text, model, tmp_path, monkeypatch, prompt):
     monkeypatch.setattr(text, "OUTPUT", tmp_path)
-    monkeypatch.setattr(text, "E5_ACROSS", 1)
+    monkeypatch.setattr(text, "E5_SEEDS", range(1))
     text.gallery(model, [prompt, prompt], "test", "Pictures of a test, a row per prompt")
     assert (tmp_path / "figures" / "exercise-5-test-tiny.png").stat().st_size > 1000
     paths = sorted((tmp_path / "images").iterdir())
@@ -247,6 +259,27 @@ def test_top1_is_the_share_with_wilsons_interval(text):
     row = text.add_top1(torch.arange(100) < 20, method="DDIM", detail="a test")
     assert row.value == 0.2
     assert (row.low, row.high) == pytest.approx((0.1333669, 0.2888292), abs=1e-6)  # by hand from Wilson's formula
+
+
+def test_a_verdict_needs_intervals_apart(text, monkeypatch):
+    rows = {"a": text.Row(low=0.1, high=0.3), "b": text.Row(low=0.2, high=0.4), "c": text.Row(low=0.5, high=0.6)}
+    monkeypatch.setattr(text, "E5_TOP1", rows)
+    assert [text.above(*pair) for pair in ("ab", "ac", "ca")] == ["Undecided", "No", "Yes"]
+
+
+@pytest.mark.skipif(not BUNDLED.exists(), reason="no text2image checkpoint is bundled")
+def test_pictures_go_to_the_nearest_caption(text, monkeypatch):
+    """Pictures with the features of their own captions' real drawings are all recognised, shuffled ones are not."""
+    real = load_file(BUNDLED / "reference.safetensors")
+    order = iter(["seen"] * 3 + ["unseen"])
+    monkeypatch.setattr(text, "paint", lambda *_: None)
+    monkeypatch.setattr(text, "image_features", lambda _: real[next(order)][:2].float() * real["std"] + real["mean"])
+    rows = text.caption_scores(text.TEXT_MODELS[-1])
+    assert {k: rows[k].value for k in ("free", "guided", "ddpm", "unseen")} == dict.fromkeys(
+        ("free", "guided", "ddpm", "unseen"), 1
+    )
+    assert rows["shuffled"].value == 0
+    assert rows["real seen"].N > 300
 
 
 # ------------------------------------------------------------------ the bundled model

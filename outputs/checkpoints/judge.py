@@ -89,7 +89,7 @@ def markdown(lines: list[dict[str, str]]) -> str:
 
 def race_table(nb: Any, name: str) -> str:
     """The race's rows of a data set as a table, a line a network."""
-    rows = pd.DataFrame([dict(row) for row in nb.results("training", dataset=name) if row.detail.startswith("race: ")])
+    rows = pd.DataFrame([row for row in nb.results("training", dataset=name) if row.detail.startswith("race: ")])
     if not len(rows):
         return ""
     rows["column"] = rows["metric"] + ", " + rows["method"] + "-" + rows["steps"].astype(str)
