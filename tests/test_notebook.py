@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import symtable
@@ -345,6 +346,18 @@ def test_html_export_embeds_every_figure(smoke):
     assert len(sources) == len(figures_of(notebook)) >= len(list((folder / "figures").glob("*.png")))
     assert all(s.startswith("data:image/") for s in sources)
     assert len(html) < 7 * 2**20
+    assert html.index("<img") < html.index('class="highlight'), "the first screen shows a picture and no code"
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no browser to print with")
+def test_the_committed_page_prints_on_60_sheets(committed, tmp_path):
+    page, printed = tmp_path / "page.html", tmp_path / "page.pdf"
+    html, _ = HTMLExporter().from_notebook_node(committed)
+    page.write_text(html, encoding="utf-8")
+    assert len(html) < 7 * 2**20
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", f"--user-data-dir={tmp_path}"]
+    subprocess.run(["chromium", *options, "--virtual-time-budget=20000", f"--print-to-pdf={printed}", page.as_uri()], check=True)
+    assert 20 < len(re.findall(rb"/Type\s*/Page\b(?!s)", printed.read_bytes())) <= 60
 
 
 @pytest.mark.parametrize("section", [*SECTIONS, "summary"])
