@@ -302,6 +302,23 @@ def test_the_record_bears_its_statements_out(record):
     paired = record[record["run"].str.startswith("exercise-3/") & (record["metric"] == "paired_rms") & (record["eta"] == "0.0")]
     paired = paired.assign(steps=paired["steps"].astype(int)).sort_values("steps")["value"]
     assert paired.is_monotonic_decreasing, "DDIM's images approach their limit"
+    assert of("steps_enough", eta="0.0")["value"] == 10, "no gain of DDIM can be shown after the first"
+
+
+def test_the_prose_of_exercise_1_and_of_stability_follows_the_record(record):
+    e1 = record[record["run"].str.fullmatch(r"exercise-1/[^/]+/[^/]+")]  # older runs carry their time
+    at_50 = e1[(e1["steps"] == "50") & e1["method"].isin(["DDIM", "DDPM"]) & e1["metric"].isin(["FD-EffNet", "KD-EffNet"])]
+    values = at_50.pivot(index="dataset", columns=["metric", "method"], values="value")
+    first = values["FD-EffNet"]["DDPM"] < values["FD-EffNet"]["DDIM"]
+    assert first.equals(values["KD-EffNet"]["DDPM"] < values["KD-EffNet"]["DDIM"]), "both distances give one order"
+    errors = e1[e1["metric"] == "paired_rms"].pivot(index="steps", columns="dataset", values="value")
+    assert ((errors.loc["5"] / errors.loc["50"]).between(5, 20)).all(), "the error falls about as 1/S"
+    assert (errors.idxmax(axis=1) != "church").all(), "it is not the largest image that needs most"
+    ends = record[(record["metric"] == "FD-pixels") & record["detail"].str.contains("step 600, predicts the noise")]
+    ends = ends.assign(weights=ends["detail"].str.split().str[0]).pivot(index="method", columns="weights", values="value")
+    gain = ends["EMA"] / ends["raw"]
+    assert (gain < 0.7).all()
+    assert abs(gain["DDIM"] - gain["DDPM"]) < 0.1, "averaging helps both samplers about alike"
 
 
 def test_the_record_lies_above_its_floor_and_below_its_controls():

@@ -178,6 +178,15 @@ def test_denoise_gives_the_pipelines_own_images(text, model, w, eta, monkeypatch
     assert (text.to_uint8(theirs * 2 - 1).int() - drawn.int()).abs().max() <= 1
 
 
+@pytest.mark.skipif(not BUNDLED.exists(), reason="no text2image checkpoint is bundled")
+def test_the_bundled_model_paints_what_its_own_pipeline_paints(text):
+    bundled = text.TEXT_MODELS[-1]
+    settings = {"guidance_scale": text.GUIDANCE, "num_inference_steps": text.E5_STEPS, "output_type": "pt"}
+    theirs = bundled.pipe(["red apple"] * 2, latents=text.image_noise([0, 1], bundled.shape), **settings).images
+    ours = text.paint(bundled, ["red apple"] * 2, [0, 1])
+    assert (text.to_uint8(theirs * 2 - 1).int() - ours.int()).abs().max() <= 1
+
+
 def test_a_picture_belongs_to_its_prompt_and_seed(text, model):
     together = text.paint(model, ["cat", "dog", "cat"], [5, 6, 7])
     alone = text.paint(model, ["dog"], [6])
