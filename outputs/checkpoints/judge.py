@@ -2,8 +2,8 @@
 
 Run from the repository's root, in the notebook's environment, after train.py with the same FOLDER and OUT. Writes
 OUT/NAME/reference.safetensors (statistics of the real images, never an image) unless it is there, rows of training.csv, and
-the card's sections Quality and Race. With --race WHAT the network is one of a race: it gets rows at small N and no card, and
-the cards of the same NAME then show them.
+the card's sections Quality and Race. With --race WHAT the network is one of a race: it gets its errors by t in seconds, on
+one scale whatever it predicts, and no card; the cards of the same NAME then show them.
 """
 
 import argparse
@@ -47,8 +47,8 @@ def reference_of(nb: Any, folder: Path, training: Tensor, heldout: Tensor) -> An
     if not path.exists():
         some = training[torch.randperm(len(training), generator=torch.Generator().manual_seed(0))[:10_000]]
         made = nb.make_reference(nb.image_features(some), nb.image_features(heldout[:10_000]))
-        stored = {k: v for k, v in vars(made).items() if k != "metric"} | {"cov": made.cov.float()}
-        stored["heldout"] = made.heldout.half()
+        stored = {k: v for k, v in vars(made).items() if k != "metric" and v is not None} | {"cov": made.cov.float()}
+        stored |= {k: stored[k].half() for k in ("heldout", "training") if k in stored}
         save_file({k: v.contiguous() for k, v in stored.items()}, path)
     return nb.Reference(**load_file(path))
 
@@ -59,12 +59,23 @@ def nearest_l2(images: Tensor, training: Tensor) -> float:
     return float(torch.stack(near).min(0).values.median()) / 127.5
 
 
-def distances(nb: Any, section: Any, model: Any, reference: Any, detail: str, N: int) -> list[dict[str, str]]:
-    """Rows and table lines of both samplers, and, of a finished network, its untrained control."""
+def v_errors(nb: Any, section: Any, model: Any, heldout: Tensor, detail: str) -> None:
+    """Rows of the squared error in v by t, mean over at most 64 held-out images: one scale for whatever a network predicts."""
+    x0 = heldout[:64].to(nb.DEVICE).float() / 127.5 - 1
+    for t in (20, 50, 100, 200, 350, 500, 700, 900):
+        eps = nb.image_noise(range(len(x0)), model.shape, t, nb.DEVICE)
+        parts = zip(nb.add_noise(x0, eps, model.alpha_bar, t).split(16), eps.split(16), strict=True)
+        with torch.inference_mode():
+            off = torch.cat([model(x_t, t) - noise for x_t, noise in parts]) / model.alpha_bar[t].sqrt()
+        error = nb.mean_interval(off.square().flatten(1).mean(1).cpu())
+        section.add(f"v error at t = {t}", **error, N=len(x0), dataset=model.name, detail=detail)
+
+
+def distances(nb: Any, section: Any, model: Any, reference: Any, N: int) -> list[dict[str, str]]:
+    """Rows and table lines of both samplers and of the untrained control."""
+    fresh = nb.UNet2DModel.from_config(model.unet.config).eval().requires_grad_(False).to(nb.DEVICE)
     runs = [("DDIM", model, 50, 0.0), ("DDPM", model, 100, 1.0)]
-    if not detail.startswith("race"):
-        fresh = nb.UNet2DModel.from_config(model.unet.config).eval().requires_grad_(False)
-        runs.append(("untrained", nb.replace(model, unet=fresh.to(nb.DEVICE), control="untrained"), 50, 0.0))
+    runs.append(("untrained", nb.replace(model, unet=fresh, control="untrained"), 50, 0.0))
     floors, lines = {int(n): floor for n, floor, *_ in reference.floors.tolist()}, []
     for method, network, steps, eta in runs:
         features = nb.image_features(nb.sample_images(network, range(N), steps, eta))
@@ -74,7 +85,7 @@ def distances(nb: Any, section: Any, model: Any, reference: Any, detail: str, N:
             (reference.metric, reference.distance, int(reference.n_real)),
             ("KD-EffNet", lambda f: nb.kernel_distance(f, reference.heldout), len(reference.heldout)),
         ):
-            rows.append(section.add(metric, **nb.jackknife(of, features), n_real=n_real, detail=detail, **about))
+            rows.append(section.add(metric, **nb.jackknife(of, features), n_real=n_real, **about))
         floor = f"{floors[N]:.1f}" if N in floors else "too few held out"
         lines.append({"sampler": f"{method}, {steps} steps", "N": str(N), reference.metric: f"{rows[0]:.1f}", "floor": floor})
         lines[-1]["KD-EffNet"] = f"{rows[1]:.2f}"
@@ -92,24 +103,23 @@ def race_table(nb: Any, name: str) -> str:
     rows = pd.DataFrame([row for row in nb.results("training", dataset=name) if row.detail.startswith("race: ")])
     if not len(rows):
         return ""
-    rows["column"] = rows["metric"] + ", " + rows["method"] + "-" + rows["steps"].astype(str)
-    rows = rows.assign(text=rows["value"].map(nb.short), network=rows["detail"].str[6:])
-    table = rows.pivot_table(index="network", columns="column", values="text", aggfunc="last").reset_index()
-    text = f"\n## Race\nNetworks measured before this one, N = {rows['N'].iloc[-1]}, seed 0:\n\n"
-    return text + markdown(table.to_dict("records")) + "\n"
+    sampled = (", " + rows["method"] + "-" + rows["steps"].astype(str)).where(rows["method"] != "", "")
+    rows = rows.assign(column=rows["metric"] + sampled, text=rows["value"].map(nb.short), network=rows["detail"].str[6:])
+    text, order = "\n## Race\nNetworks measured before this one, at N = 64:\n\n", [*rows["column"].unique()]
+    table = rows.pivot_table(index="network", columns="column", values="text", aggfunc="last", sort=False)[order]
+    return text + markdown(table.fillna("").reset_index().to_dict("records")) + "\n"
 
 
 def judge_images(nb: Any, name: str, recipe: Recipe, data: Path, out: Path, race: str) -> None:
     """Rows, reference and card of one image network."""
     folder, N = out / name, {28: 256, 32: 128, 64: 64}.get(recipe.size, 32)
     training, heldout = training_images(name, data, recipe)
-    reference = reference_of(nb, folder, training, heldout)
     nb.BUNDLED = out
     model, section = nb.load_checkpoint(name), nb.Section("training")
     log = pd.read_csv(out / f"{name}-training" / "unet.csv")
     seen, minutes = int(log["images"].iloc[-1]), log["seconds"].iloc[-1] / 60
     if race:
-        distances(nb, section, model, reference, f"race: {race}, {seen:,} images in {minutes:.0f} minutes", 64)
+        v_errors(nb, section, model, heldout, f"race: {race}, {seen:,} images in {minutes:.0f} minutes")
         return
     for metric, value in (
         ("loss", log["loss"].tail(5).mean()),
@@ -118,9 +128,11 @@ def judge_images(nb: Any, name: str, recipe: Recipe, data: Path, out: Path, race
         ("images_per_s", seen / minutes / 60),
     ):
         section.add(metric, value, dataset=name)
-    lines = distances(nb, section, model, reference, "", N)
-    near = {"samples": nb.sample_images(model, range(8), 50), "held-out real images": heldout[:8]}
+    reference = reference_of(nb, folder, training, heldout)
+    lines = distances(nb, section, model, reference, N)
+    near = {"samples by DDIM": nb.sample_images(model, range(32), 50), "held-out real images": heldout[:32]}
     near = ", ".join(f"{what} {nearest_l2(images, training):.2f}" for what, images in near.items())
+    near = f"Nearest training image, L2 of pixels in [-1, 1], median of 32: {near}."
     card = (folder / "README.md").read_text(encoding="utf-8").split("\n## Quality")[0].rstrip()
     n_real, n_held = f"{int(reference.n_real):,}", len(reference.heldout)
     card += f"""
@@ -131,7 +143,7 @@ def judge_images(nb: Any, name: str, recipe: Recipe, data: Path, out: Path, race
 
 {markdown(lines)}
 
-Nearest training image, L2 in [-1, 1], median of 8: {near}.
+{near}
 {race_table(nb, name)}"""
     write(folder / "README.md", card.encode())
 
