@@ -159,6 +159,8 @@ def test_a_training_may_start_from_another_network(trained, nb, monkeypatch):
     assert "predicts v" in card
     monkeypatch.setattr(nb, "BUNDLED", out)
     assert nb.load_checkpoint.__wrapped__("mnist").predicts == "v_prediction"
+    out = trained("mnist", "--images", "16", "--start", str(folder), out="usual", settings=["batch=8"])
+    assert f"Muon {train.RECIPES['mnist'].rate / 4:g} " in (out / "mnist" / "README.md").read_text(encoding="utf-8")
 
 
 # --------------------------------------------------------------------------- the notebook draws what the pipeline draws

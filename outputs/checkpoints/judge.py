@@ -47,8 +47,8 @@ def reference_of(nb: Any, folder: Path, training: Tensor, heldout: Tensor) -> An
     if not path.exists():
         some = training[torch.randperm(len(training), generator=torch.Generator().manual_seed(0))[:10_000]]
         made = nb.make_reference(nb.image_features(some), nb.image_features(heldout[:10_000]))
-        stored = {k: v for k, v in vars(made).items() if k != "metric" and v is not None} | {"cov": made.cov.float()}
-        stored |= {k: stored[k].half() for k in ("heldout", "training") if k in stored}
+        stored = {k: v for k, v in vars(made).items() if k != "metric"} | {"cov": made.cov.float()}
+        stored["heldout"] = made.heldout.half()
         save_file({k: v.contiguous() for k, v in stored.items()}, path)
     return nb.Reference(**load_file(path))
 
@@ -105,7 +105,7 @@ def race_table(nb: Any, name: str) -> str:
         return ""
     sampled = (", " + rows["method"] + "-" + rows["steps"].astype(str)).where(rows["method"] != "", "")
     rows = rows.assign(column=rows["metric"] + sampled, text=rows["value"].map(nb.short), network=rows["detail"].str[6:])
-    text, order = "\n## Race\nNetworks measured before this one, at N = 64:\n\n", [*rows["column"].unique()]
+    text, order = f"\n## Race\nNetworks measured before this one, N = {rows['N'].iloc[-1]}:\n\n", [*rows["column"].unique()]
     table = rows.pivot_table(index="network", columns="column", values="text", aggfunc="last", sort=False)[order]
     return text + markdown(table.fillna("").reset_index().to_dict("records")) + "\n"
 
@@ -132,7 +132,6 @@ def judge_images(nb: Any, name: str, recipe: Recipe, data: Path, out: Path, race
     lines = distances(nb, section, model, reference, N)
     near = {"samples by DDIM": nb.sample_images(model, range(32), 50), "held-out real images": heldout[:32]}
     near = ", ".join(f"{what} {nearest_l2(images, training):.2f}" for what, images in near.items())
-    near = f"Nearest training image, L2 of pixels in [-1, 1], median of 32: {near}."
     card = (folder / "README.md").read_text(encoding="utf-8").split("\n## Quality")[0].rstrip()
     n_real, n_held = f"{int(reference.n_real):,}", len(reference.heldout)
     card += f"""
@@ -143,7 +142,7 @@ def judge_images(nb: Any, name: str, recipe: Recipe, data: Path, out: Path, race
 
 {markdown(lines)}
 
-{near}
+Nearest training image, L2 of pixels in [-1, 1], median of 32: {near}.
 {race_table(nb, name)}"""
     write(folder / "README.md", card.encode())
 

@@ -478,7 +478,9 @@ def main() -> None:
             if start and name == "text2image":
                 raise ValueError("--start serves the image networks alone.")
             predicts, begun = begun_with(start) if start else (None, Run.begun)
-            recipe = changed(replace(recipe, predicts=predicts) if start else recipe, given.set)
+            if start:  # the rate of a fresh network undoes what a trained one knows
+                recipe = replace(recipe, predicts=predicts, rate=recipe.rate / 4)
+            recipe = changed(recipe, given.set)
             images = 0 if given.minutes else given.images or recipe.images
             accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=half)
             run = Run(name, given.out / name, images, given.minutes, given.seed, given.save_every, accelerator, start, begun)
