@@ -314,7 +314,7 @@ def test_the_prose_of_exercise_1_and_of_stability_follows_the_record(record):
     errors = e1[e1["metric"] == "paired_rms"].pivot(index="steps", columns="dataset", values="value")
     assert ((errors.loc["5"] / errors.loc["50"]).between(5, 20)).all(), "the error falls about as 1/S"
     assert (errors.idxmax(axis=1) != "church").all(), "it is not the largest image that needs most"
-    ends = record[(record["metric"] == "FD-pixels") & record["detail"].str.contains("step 600, predicts the noise")]
+    ends = record[(record["metric"] == "FD-pixels") & record["detail"].str.contains("training step 600; ")]
     ends = ends.assign(weights=ends["detail"].str.split().str[0]).pivot(index="method", columns="weights", values="value")
     gain = ends["EMA"] / ends["raw"]
     assert (gain < 0.7).all()
@@ -458,7 +458,7 @@ def test_bundled_checkpoint_loads_in_a_fresh_process():
         assert done.stdout.strip() == f"(1, {size}, {size}, {channels}) torch.float32", done.stderr
         digest = hashlib.sha256((folder / "unet/diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
         assert digest in (folder / "README.md").read_text(encoding="utf-8")
-        assert (folder / "reference.safetensors").stat().st_size < 2**20
+        assert (folder / "reference.safetensors").stat().st_size < 1.5 * 2**20, "with the features of every training image"
 
 
 def test_two_processes_give_the_statistics_of_one(smoke, tmp_path):

@@ -38,7 +38,8 @@ def one_sentence(error):
 
 
 def test_the_homeworks_data_sets(nb):
-    sizes = {"mnist": (28, 1), "cifar10": (32, 3), "pokemon": (64, 3), "butterflies": (128, 3), "church": (256, 3)}
+    sizes = {"mnist": (28, 1), "cifar10": (32, 3), "pokemon": (64, 3), "emoji": (64, 3)}
+    sizes |= {"butterflies": (128, 3), "church": (256, 3)}
     assert {name: (spec.size, spec.channels) for name, spec in nb.DATA.items()} == sizes
 
 
@@ -609,7 +610,7 @@ def test_what_is_missing_or_outside_the_profile_is_named(nb, copied, fresh, monk
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 2
     assert nb.DATA["cifar10"].model in lines[0]
-    assert lines[1].endswith("not at hand: church, cifar10.")
+    assert lines[1].endswith("smoke: church.")
 
 
 # ------------------------------------------------------------------------------------ checkpoints from the hub

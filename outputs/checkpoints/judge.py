@@ -47,8 +47,8 @@ def reference_of(nb: Any, folder: Path, training: Tensor, heldout: Tensor) -> An
     if not path.exists():
         some = training[torch.randperm(len(training), generator=torch.Generator().manual_seed(0))[:10_000]]
         made = nb.make_reference(nb.image_features(some), nb.image_features(heldout[:10_000]))
-        stored = {k: v for k, v in vars(made).items() if k != "metric"} | {"cov": made.cov.float()}
-        stored["heldout"] = made.heldout.half()
+        stored = {k: v for k, v in vars(made).items() if k != "metric" and v is not None} | {"cov": made.cov.float()}
+        stored |= {k: stored[k].half() for k in ("heldout", "training") if k in stored}
         save_file({k: v.contiguous() for k, v in stored.items()}, path)
     return nb.Reference(**load_file(path))
 
@@ -89,6 +89,8 @@ def distances(nb: Any, section: Any, model: Any, reference: Any, N: int) -> list
         floor = f"{floors[N]:.1f}" if N in floors else "too few held out"
         lines.append({"sampler": f"{method}, {steps} steps", "N": str(N), reference.metric: f"{rows[0]:.1f}", "floor": floor})
         lines[-1]["KD-EffNet"] = f"{rows[1]:.2f}"
+        if reference.training is not None:
+            lines[-1]["nearest training image"] = f"{reference.nearest(features).mean():.1f}"
     return lines
 
 
@@ -132,6 +134,10 @@ def judge_images(nb: Any, name: str, recipe: Recipe, data: Path, out: Path, race
     lines = distances(nb, section, model, reference, N)
     near = {"samples by DDIM": nb.sample_images(model, range(32), 50), "held-out real images": heldout[:32]}
     near = ", ".join(f"{what} {nearest_l2(images, training):.2f}" for what, images in near.items())
+    near = f"Nearest training image, L2 of pixels in [-1, 1], median of 32: {near}."
+    if reference.training is not None:
+        real = reference.nearest(reference.heldout).mean()
+        near += f"\nBy features, as in the table (a mean): held-out real images {real:.1f}."
     card = (folder / "README.md").read_text(encoding="utf-8").split("\n## Quality")[0].rstrip()
     n_real, n_held = f"{int(reference.n_real):,}", len(reference.heldout)
     card += f"""
@@ -142,7 +148,7 @@ def judge_images(nb: Any, name: str, recipe: Recipe, data: Path, out: Path, race
 
 {markdown(lines)}
 
-Nearest training image, L2 of pixels in [-1, 1], median of 32: {near}.
+{near}
 {race_table(nb, name)}"""
     write(folder / "README.md", card.encode())
 

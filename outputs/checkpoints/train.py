@@ -1,6 +1,6 @@
 """Train the bundled networks: python outputs/checkpoints/train.py NAME... --data FOLDER [--minutes M | --images N] [--out OUT].
 
-NAME: mnist, cifar10, pokemon, butterflies, church or text2image. FOLDER holds the training images: NAME.parquet (with a column
+NAME: mnist, cifar10, emoji, butterflies, church or text2image. FOLDER holds the training images: NAME.parquet (with a column
 image or img, and those that the recipe's `keep` names) or a folder NAME of image files; text2image reads emoji.parquet (columns
 image, caption, style). OUT/NAME is a folder that diffusers loads, brought up to date every minute; OUT/NAME-training holds the
 state from which the same command resumes, a log, and samples drawn along the way. judge.py, beside this file, then adds the
@@ -58,16 +58,16 @@ class Recipe:
     rate: float = 3e-3  # Muon's, after 200 steps of warm-up; then a cosine to zero (at 1e-2 the average lags behind)
     ema: float = 0.999
     flip: bool = True  # random horizontal flips
-    keep: dict[str, tuple[str, ...]] = field(default_factory=dict)  # column: the values of the rows to train on
+    keep: dict[str, tuple[str, ...]] = field(default_factory=dict)  # column: words, one of which is in the rows to train on
 
 
 RECIPES = {
     "mnist": Recipe("the 60,000 training digits of MNIST", 28, 1, (64, 128), 600_000, flip=False),
     "cifar10": Recipe("the training split of CIFAR-10 (JPEG)", 32, 3, (96, 160), 600_000),
-    "pokemon": Recipe("official artwork on white", 64, 3, (64, 96, 128), 300_000, predicts="v_prediction", batch=8,
-                      keep={"style": ("artwork",)}),
-    "butterflies": Recipe("butterflies on a plain or light background", 128, 3, (32, 40, 48, 64), 300_000, batch=8,
-                          predicts="v_prediction", keep={"background": ("plain", "light")}),
+    "emoji": Recipe("emoji drawings of faces and people", 64, 3, (64, 96, 128), 300_000, predicts="v_prediction", batch=8,
+                    keep={"caption": ("face", "person", "woman", "man")}),
+    "butterflies": Recipe("butterflies on a plain background", 128, 3, (32, 64, 128, 128), 200_000, batch=8, attention=2,
+                          predicts="v_prediction", keep={"background": ("plain",)}),
     "church": Recipe("photographs of temples and squares, a stand-in for LSUN church", 256, 3, (64, 96, 128, 128), 200_000,
                      unshuffle=4, batch=8),
 }
@@ -105,7 +105,8 @@ def read(name: str, folder: Path, size: int, colours: int, keep: dict[str, tuple
         images = columns.pop("image", None) or columns.pop("img", None)
         if images is None:
             raise ValueError(f"{path} has no column named image or img, only {', '.join(columns)}.")
-        chosen = [k for k in range(len(images)) if all(columns[c][k] in wanted for c, wanted in keep.items() if c in columns)]
+        told = {c: [set(value.split()) for value in columns[c]] for c in keep if c in columns}
+        chosen = [k for k in range(len(images)) if all(words[k] & set(keep[c]) for c, words in told.items())]
         images, columns = [images[k] for k in chosen], {c: [values[k] for k in chosen] for c, values in columns.items()}
         places = [f"{path}, image {k}," for k in chosen]
     else:
@@ -119,9 +120,9 @@ def read(name: str, folder: Path, size: int, colours: int, keep: dict[str, tuple
 
 def training_images(name: str, folder: Path, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """(training, held-out) images: held out is the test split, else by a fixed permutation a fifth (at most 512) of the images,
-    or of the creatures where a column `dex` numbers them: one creature comes in several pictures."""
+    or of the captions where there are any: one thing is drawn in several styles."""
     images, columns = read(name, folder, recipe.size, recipe.colours, recipe.keep)
-    shown = columns.get("dex", range(len(images)))  # what an image shows
+    shown = columns.get("caption", range(len(images)))  # what an image shows
     apart = sorted(set(shown))
     order = torch.randperm(len(apart), generator=torch.Generator().manual_seed(0))
     chosen = {apart[k] for k in order[: min(512, len(apart) // 5)]}
@@ -460,7 +461,8 @@ def main() -> None:
     parser.add_argument("--save-every", type=float, default=60.0, metavar="SECONDS")
     parser.add_argument("--set", action="extend", nargs="*", default=[], metavar="FIELD=VALUE", help="change the recipe")
     given = parser.parse_args()
-    half = "bf16" if getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16") else "no"  # other CPUs emulate it, slowly
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    half = "bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "no"  # other CPUs emulate it, slowly
     if torch.cuda.is_available():
         half = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     try:
