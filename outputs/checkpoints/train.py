@@ -66,6 +66,7 @@ RECIPES = {
     "cifar10": Recipe("the training split of CIFAR-10 (JPEG)", 32, 3, (96, 160), 600_000),
     "emoji": Recipe("emoji drawings of faces and people", 64, 3, (64, 96, 128), 300_000, predicts="v_prediction", batch=8,
                     keep={"caption": ("face", "person", "woman", "man")}),
+    # the bundled butterflies network is narrower and began from older weights: see its card
     "butterflies": Recipe("butterflies on a plain background", 128, 3, (32, 64, 128, 128), 200_000, batch=8, attention=2,
                           predicts="v_prediction", keep={"background": ("plain",)}),
     "church": Recipe("photographs of temples and squares, a stand-in for LSUN church", 256, 3, (64, 96, 128, 128), 200_000,
