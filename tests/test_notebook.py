@@ -311,6 +311,9 @@ def test_the_prose_of_exercise_1_and_of_stability_follows_the_record(record):
     values = at_50.pivot(index="dataset", columns=["metric", "method"], values="value")
     first = values["FD-EffNet"]["DDPM"] < values["FD-EffNet"]["DDIM"]
     assert first.equals(values["KD-EffNet"]["DDPM"] < values["KD-EffNet"]["DDIM"]), "both distances give one order"
+    copies = e1[(e1["metric"] == "closer_than_real") & (e1["method"] != "real")]
+    assert len(copies)
+    assert (copies["value"] == 0).all(), "no generated image lies close to a training image"
     errors = e1[e1["metric"] == "paired_rms"].pivot(index="steps", columns="dataset", values="value")
     assert ((errors.loc["5"] / errors.loc["50"]).between(5, 20)).all(), "the error falls about as 1/S"
     assert (errors.idxmax(axis=1) != "church").all(), "it is not the largest image that needs most"

