@@ -311,6 +311,12 @@ def test_the_prose_of_exercise_1_and_of_stability_follows_the_record(record):
     values = at_50.pivot(index="dataset", columns=["metric", "method"], values="value")
     first = values["FD-EffNet"]["DDPM"] < values["FD-EffNet"]["DDIM"]
     assert first.equals(values["KD-EffNet"]["DDPM"] < values["KD-EffNet"]["DDIM"]), "both distances give one order"
+    gap = e1[e1["metric"] == "FD-EffNet difference"].set_index("dataset")
+    sampler, steps = (gap[gap["detail"].str.contains(end)] for end in ("minus DDIM", "minus DDPM"))
+    assert (sampler["high"].drop("cifar10") < 0).all(), "DDPM is closer on every data set but CIFAR-10"
+    assert sampler["low"]["cifar10"] < 0 < sampler["high"]["cifar10"]
+    assert (steps["high"] > 0).all(), "many more steps bring it no closer that could be shown"
+    assert steps["low"]["mnist"] > 0, "and on MNIST further away"
     copies = e1[(e1["metric"] == "closer_than_real") & (e1["method"] != "real")]
     assert len(copies)
     assert (copies["value"] == 0).all(), "no generated image lies close to a training image"
