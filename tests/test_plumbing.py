@@ -39,7 +39,7 @@ def one_sentence(error):
 
 def test_the_homeworks_data_sets(nb):
     sizes = {"mnist": (28, 1), "cifar10": (32, 3), "pokemon": (64, 3), "emoji": (64, 3)}
-    sizes |= {"butterflies": (128, 3), "church": (256, 3)}
+    sizes |= {"butterflies": (128, 3), "church": (256, 3), "landscapes": (256, 3)}
     assert {name: (spec.size, spec.channels) for name, spec in nb.DATA.items()} == sizes
 
 
@@ -65,7 +65,7 @@ WRONG = {  # parameter -> (what the sentence names, wrong values)
     "PROFILE": ("smoke", "fast", None, 3),
     "SOURCE": ("bundled", "web", ""),
     "DATA_DIR": ("folder", "/no/such/folder", __file__, None, 5),
-    "OUTPUT_DIR": ("folder", "", None),
+    "OUTPUT_DIR": ("folder", "", None, __file__),
     "SEED": ("whole number", -1, 2**31, 1.0, "0", True),
     "DATASETS": ("mnist", (), ("imagenet",), ("mnist", "MNIST"), "mnist", None, 3, [["mnist"]]),
     "CAPTURE_EVERY": ("1 to 1000", 0, 1001, 1.5),
@@ -92,6 +92,15 @@ DEFAULTS = {"PROFILE": "auto", "SOURCE": "auto", "DATA_DIR": "", "OUTPUT_DIR": "
 def test_right_parameters_pass(setup_with, given, expected):
     module = setup_with(**given)
     assert {name: getattr(module, name) for name in expected} == expected
+
+
+def test_a_tilde_is_the_home_folder(setup_with, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "table.csv").write_text("a,b")
+    module = setup_with(OUTPUT_DIR="~/run", DATA_DIR="~/pictures", TABLE="~/table.csv")
+    assert (module.OUTPUT_DIR, module.DATA_DIR) == (str(tmp_path / "run"), str(tmp_path / "pictures"))
+    assert module.TABLE == str(tmp_path / "table.csv")
 
 
 # -------------------------------------------------------------------------------------------------------- hub
@@ -603,14 +612,14 @@ def test_no_network_at_hand_names_the_hubs(nb, fresh, monkeypatch, tmp_path):
 
 
 def test_what_is_missing_or_outside_the_profile_is_named(nb, copied, fresh, monkeypatch, capsys):
-    """Else DATASETS = ("church",) in smoke gives sections without a network, and no reason."""
-    monkeypatch.setattr(nb, "DATASETS", ("mnist", "cifar10", "church"))
-    shutil.copytree("outputs/checkpoints/church", copied.parent / "church")
+    """Else DATASETS = ("landscapes",) in smoke gives sections without a network, and no reason."""
+    monkeypatch.setattr(nb, "DATASETS", ("mnist", "cifar10", "landscapes"))
+    shutil.copytree("outputs/checkpoints/landscapes", copied.parent / "landscapes")
     assert [checkpoint.name for checkpoint in nb.at_hand()] == ["mnist"]
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 2
     assert nb.DATA["cifar10"].model in lines[0]
-    assert lines[1].endswith("smoke: church.")
+    assert lines[1].endswith("smoke: landscapes.")
 
 
 # ------------------------------------------------------------------------------------ checkpoints from the hub
@@ -900,21 +909,13 @@ def test_sampling_holds_one_state_at_a_time(nb, tiny, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("has", "width", "predicts", "patch", "expected"),
-    [
-        (True, 32, "epsilon", 1, "bfloat16"),
-        (True, 32, "epsilon", 4, "float32"),
-        (True, 32, "sample", 4, "bfloat16"),
-        (True, 16, "epsilon", 1, "float32"),
-        (False, 32, "sample", 1, "float32"),
-    ],
+    ("has", "width", "patch", "expected"),
+    [(True, 32, 1, "bfloat16"), (True, 32, 4, "bfloat16"), (True, 16, 1, "float32"), (False, 32, 1, "float32")],
 )
-def test_precision_follows_device_width_and_what_is_predicted(
-    nb, copied, fresh, monkeypatch, has, width, predicts, patch, expected
-):
+def test_precision_follows_device_and_width(nb, copied, fresh, monkeypatch, has, width, patch, expected):
     monkeypatch.setattr(nb, "HAS_BF16", has)
     shape = {"sample_size": 28 // patch, "in_channels": patch**2, "out_channels": patch**2}
     unet = unconditional(block_out_channels=(width, width), **shape)
-    DDPMPipeline(unet, DDPMScheduler(prediction_type=predicts)).save_pretrained(copied)
+    DDPMPipeline(unet, DDPMScheduler(prediction_type="sample")).save_pretrained(copied)
     card(copied)
     assert str(fresh("mnist").dtype) == f"torch.{expected}"

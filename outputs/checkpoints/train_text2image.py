@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, LDMTextToImagePipeline, UNet2DConditionModel
 from torch import Tensor
-from train import SCHEDULE, Run, diffusion_loss, draw_samples, fit, publish, read
+from train import SCHEDULE, Run, begun_with, diffusion_loss, draw_samples, fit, publish, read
 
 STYLES = {"noto": "shaded", "twemoji": "flat", "fluent3d": "3D", "openmoji": "outlined"}
 
@@ -28,13 +28,13 @@ class TextRecipe:
     kl_weight: float = 1e-3  # per latent value, beside the mean absolute error per pixel value
     vae_batch: int = 8
     vae_share: float = 0.2  # of the minutes, and half that share of the images, which are dearer ones
-    widths: tuple[int, ...] = (96, 96)
-    images: int = 410_000
-    predicts: str = "epsilon"
-    batch: int = 64
-    rate: float = 1e-3
+    widths: tuple[int, ...] = (96, 160)
+    images: int = 800_000
+    predicts: str = "v_prediction"
+    batch: int = 96
+    rate: float = 3e-3
     ema: float = 0.999
-    drop_style: float = 0.25  # share of prompts without the style word
+    drop_style: float = 0.4  # share of prompts without the style word
     drop_prompt: float = 0.1  # share of empty prompts, for classifier-free guidance
     heldout: int = 100  # captions kept out of all training
 # fmt: on
@@ -126,10 +126,16 @@ def train_vae(run: Run, recipe: TextRecipe, images: Tensor) -> tuple[Autoencoder
 def train_text(run: Run, recipe: TextRecipe, data: Path) -> None:
     """Train the text-to-image model in two stages and publish it."""
     device, (images, captions, words, held) = run.accelerator.device, drawings(recipe, data)
-    run.facts = hashlib.sha256(repr((replace(recipe, images=0), run.seed)).encode() + images.numpy().tobytes()).hexdigest()
+    belongs = repr((replace(recipe, images=0), run.seed, run.begun)).encode()
+    run.facts = hashlib.sha256(belongs + images.numpy().tobytes()).hexdigest()
     train = [k for k in range(len(images)) if not held[k]]
     images, (tokenizer, encoder) = images[train].to(device), text_encoder()
-    vae, vae_log = train_vae(run, recipe, images)
+    if run.start:  # its autoencoder is kept
+        vae = AutoencoderKL.from_pretrained(run.start / "vqvae", dtype=torch.float32).to(device)
+        vae, share, vae_made = vae.eval().requires_grad_(False), 0.0, "an earlier model's"
+    else:
+        (vae, (*_, last)), share = train_vae(run, recipe, images), recipe.vae_share
+        vae_made = f"L1 + {recipe.kl_weight} KL; {last['images']:,} images seen in {last['seconds'] / 60:.0f} minutes"
     with torch.inference_mode():
         latents = torch.cat([vae.encode(x.float() / 127.5 - 1).latent_dist.mean for x in images.split(64)])
         vae.register_to_config(scaling_factor=1 / float(latents.std()))
@@ -141,13 +147,19 @@ def train_text(run: Run, recipe: TextRecipe, data: Path) -> None:
     told = torch.tensor([[place[text] for text in form] for form in forms], device=device)
     latents, alpha_bar = latents.clone() * vae.config.scaling_factor, DDPMScheduler(**SCHEDULE).alphas_cumprod.to(device)
     torch.manual_seed(run.seed)
-    unet = UNet2DConditionModel(
+    unet = UNet2DConditionModel(  # told the pooled text beside the time: attention to each word would take a third of a step
         sample_size=8, in_channels=recipe.latents, out_channels=recipe.latents, layers_per_block=1, norm_num_groups=16,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=recipe.widths, cross_attention_dim=recipe.widths[0], encoder_hid_dim=tokens.shape[-1],
-        encoder_hid_dim_type="text_proj", mid_block_type=None, attention_head_dim=2,  # in this class the number of heads
-        addition_embed_type="text", addition_embed_type_num_heads=8,  # the pooled text joins the time embedding
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, mid_block_type=None,
+        block_out_channels=recipe.widths, resnet_time_scale_shift="scale_shift",
+        cross_attention_dim=tokens.shape[-1], addition_embed_type="text", addition_embed_type_num_heads=8,
     )  # fmt: skip
+    if run.start:  # its U-Net too, where it is of the same shape and objective
+        earlier = UNet2DConditionModel.from_pretrained(run.start / "unet").state_dict()
+        same = {k: v.shape for k, v in earlier.items()} == {k: v.shape for k, v in unet.state_dict().items()}
+        if same and begun_with(run.start)[0] == recipe.predicts:
+            unet.load_state_dict(earlier)
+        else:
+            run.begun = "random weights; the autoencoder is an earlier model's"
     scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, prediction_type=recipe.predicts)
 
     def loss_of(network: Callable, draw: torch.Generator) -> Tensor:
@@ -163,9 +175,9 @@ def train_text(run: Run, recipe: TextRecipe, data: Path) -> None:
         text += f"all drawings of {left} captions were held out. Style words: "
         text += f"{', '.join(f'{word} ({style})' for style, word in STYLES.items())}.\n{USAGE}"
         facts = {
-            "autoencoder": f"AutoencoderKL, widths {recipe.vae_widths}, {recipe.latents} x 8 x 8 latents; "
-            f"L1 + {recipe.kl_weight} KL; {vae_log[-1]['images']:,} images seen in {vae_log[-1]['seconds'] / 60:.0f} minutes",
-            "U-Net": f"UNet2DConditionModel, widths {recipe.widths}, told 77 tokens; no clipping",
+            "autoencoder": f"AutoencoderKL, widths {recipe.vae_widths}, {recipe.latents} x 8 x 8 latents; {vae_made}",
+            "start": run.begun,
+            "U-Net": f"UNet2DConditionModel, widths {recipe.widths}, told the pooled text; no clipping",
             "texts": f"without style word {recipe.drop_style:.0%}, empty {recipe.drop_prompt:.0%}",
         }
         parts = (copy.deepcopy(vae).half(), encoder, tokenizer, copy.deepcopy(averaged).half(), scheduler)
@@ -176,6 +188,5 @@ def train_text(run: Run, recipe: TextRecipe, data: Path) -> None:
         z = draw_samples(network, scheduler, shape, device)
         run.picture(vae.decode(z / vae.config.scaling_factor).sample, f"samples-{math.ceil(10 * share):02d}")
 
-    rest = run.images - int(run.images * recipe.vae_share / 2)
-    second = replace(run, images=rest, minutes=run.minutes * (1 - recipe.vae_share))
+    second = replace(run, images=run.images - int(run.images * share / 2), minutes=run.minutes * (1 - share))
     fit(second, "unet", unet, loss_of, recipe, recipe.batch, show)
