@@ -322,7 +322,9 @@ def test_the_prose_of_exercise_1_and_of_stability_follows_the_record(record):
     assert (copies["value"] == 0).all(), "no generated image lies close to a training image"
     errors = e1[e1["metric"] == "paired_rms"].pivot(index="steps", columns="dataset", values="value")
     assert ((errors.loc["5"] / errors.loc["50"]).between(5, 20)).all(), "the error falls about as 1/S"
-    assert (errors.idxmax(axis=1) != "church").all(), "it is not the largest image that needs most"
+    sizes = errors[["mnist", "cifar10", "emoji", "butterflies"]]
+    assert sizes.apply(lambda row: row.is_monotonic_increasing, axis=1).all(), "the lines rise with the size up to 128 px"
+    assert (errors["landscapes"] / errors["butterflies"]).between(0.85, 1.15).all(), "and 256 px lies close to 128 px"
     ends = record[(record["metric"] == "FD-pixels") & record["detail"].str.contains("training step 600; ")]
     ends = ends.assign(weights=ends["detail"].str.split().str[0]).pivot(index="method", columns="weights", values="value")
     gain = ends["EMA"] / ends["raw"]
