@@ -171,19 +171,9 @@ def real_top1(features: Tensor, rows: pd.DataFrame, captions: Sequence[str]) -> 
     return right, total
 
 
-def mean_words(captions: Sequence[str]) -> Tensor:
-    """What the text encoder says of captions, the mean over the 77 tokens, [len(captions), D]."""
-    from train_text2image import text_encoder
-
-    tokenizer, encoder = text_encoder()
-    settings = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
-    parts = [captions[k : k + 64] for k in range(0, len(captions), 64)]
-    return torch.cat([encoder(tokenizer(part, **settings).input_ids)[0].mean(1) for part in parts])
-
-
 def judge_text(nb: Any, data: Path, out: Path) -> None:
     """Reference and card of the text-to-image model: what exercise 5 recognises pictures by, and how often real ones are."""
-    from train_text2image import TextRecipe, drawings
+    from train_text2image import TextRecipe, drawings, embeddings, text_encoder
 
     folder, (images, captions, words, held) = out / "text2image", drawings(TextRecipe(), data)
     rows, features = pd.DataFrame({"caption": captions, "word": words, "held": held}), nb.image_features(images)
@@ -207,7 +197,7 @@ def judge_text(nb: Any, data: Path, out: Path) -> None:
         section.add(metric, value, dataset="text2image", N=len(real))
     guessed = {"the drawing": standard[out_of], "the drawing after the autoencoder": (nb.image_features(back) - mean) / std}
     known = [*dict.fromkeys(rows["caption"][~rows["held"]])]
-    told, target = mean_words([*known, *facts["unseen"]]), caption_means(standard, rows, known)
+    told, target = embeddings(*text_encoder(), [*known, *facts["unseen"]]).mean(1), caption_means(standard, rows, known)
     a, b = (part - told[: len(known)].mean(0) for part in (told[: len(known)], told[len(known) :]))
     ridge = torch.linalg.solve(a.T @ a + 0.01 * len(a) * a.var() * torch.eye(a.shape[1]), a.T @ F.normalize(target, dim=-1))
     guessed["the text alone, by linear regression"] = b @ ridge

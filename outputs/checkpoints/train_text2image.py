@@ -85,6 +85,12 @@ def text_encoder() -> tuple[Any, torch.nn.Module]:
     return BertTokenizerFast.from_pretrained(folder, model_max_length=512), encoder
 
 
+def embeddings(tokenizer: Any, encoder: torch.nn.Module, texts: list[str]) -> Tensor:
+    """Token embeddings [N, 77, D] of texts, as LDMTextToImagePipeline makes them: padded to 77 tokens and without a mask."""
+    ids = tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    return torch.cat([encoder(part.to(encoder.device))[0] for part in ids.split(64)])
+
+
 class Autoencoding(torch.nn.Module):
     """Encode, blur by the posterior's noise, decode: in one call, which DistributedDataParallel needs."""
 
@@ -141,8 +147,7 @@ def train_text(run: Run, recipe: TextRecipe, data: Path) -> None:
         vae.register_to_config(scaling_factor=1 / float(latents.std()))
         forms = [(f"{captions[k]}, {words[k]}", captions[k], "") for k in train]  # styled, plain, empty
         texts = list(dict.fromkeys(text for form in forms for text in form))
-        ids = tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-        tokens = torch.cat([encoder.to(device)(part.to(device))[0].half() for part in ids.split(64)]).clone()
+        tokens = embeddings(tokenizer, encoder.to(device), texts).half().clone()
     place = {text: k for k, text in enumerate(texts)}
     told = torch.tensor([[place[text] for text in form] for form in forms], device=device)
     latents, alpha_bar = latents.clone() * vae.config.scaling_factor, DDPMScheduler(**SCHEDULE).alphas_cumprod.to(device)
