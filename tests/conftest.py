@@ -1,12 +1,12 @@
 """The notebook's set-up as a module, for the unit tests: its cells are executed, nothing is imported from elsewhere."""
 
+import json
 import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 # Before any library is imported: no hub, no window, and no cache shared with the user's own.
 SCRATCH = Path(tempfile.mkdtemp(prefix="hw-diffusion-tests-"))
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(SCRATCH), "MPLBACKEND": "Agg"}
@@ -15,9 +15,12 @@ import linecache  # noqa: E402
 import types  # noqa: E402
 
 import nbformat  # noqa: E402
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from shared import ENVIRONMENT, NOTEBOOK, ROOT, attempt, papermill, some_sections  # noqa: E402
 
 # derandomize: the same examples on every machine; no database: no folder left in the repository
 settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=50)
@@ -61,6 +64,11 @@ def _in_the_repository():
 
 
 @pytest.fixture(scope="session")
+def committed():
+    return nbformat.read(NOTEBOOK, 4)
+
+
+@pytest.fixture(scope="session")
 def nb(_in_the_repository, tmp_path_factory):
     """The whole set-up, executed once; monkeypatch.setattr(nb, ...) changes what its functions see."""
     module = set_up("notebook", PROFILE="smoke", OUTPUT_DIR=str(tmp_path_factory.mktemp("run")))
@@ -80,9 +88,7 @@ def setup_with(_in_the_repository):
 @pytest.fixture
 def run(nb, monkeypatch, tmp_path):
     """A fresh OUTPUT_DIR, with a cache of its own; returns the folder."""
-    memory = nb.joblib.Memory(tmp_path / "run" / "cache", verbose=0)
     monkeypatch.setattr(nb, "OUTPUT", tmp_path / "run")
-    monkeypatch.setattr(nb, "chunk", memory.cache(nb.chunk.func, ignore=["checkpoint"]))
     return nb.OUTPUT
 
 
@@ -108,3 +114,69 @@ def tiny(nb):
         return nb.replace(made, **changes)
 
     return make
+
+
+AUDIT = """
+import os, sys
+
+def watch(event, args, log=os.environ["HW_AUDIT"]):
+    line = ""
+    if event in ("socket.connect", "socket.sendto"):
+        address = args[1]
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            line = f"network {address}"
+    elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
+        if args[0] not in ("127.0.0.1", "::1", "localhost", "", None, b"localhost", b"127.0.0.1"):
+            line = f"network {args[0]}"
+    elif event == "open" and isinstance(args[0], str):
+        if "token" in os.path.basename(args[0]) and "huggingface" in args[0]:
+            line = f"token {args[0]}"
+        elif (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            line = f"write {os.path.abspath(args[0])}"
+    elif event == "os.rename":
+        line = f"write {os.path.abspath(args[1])}"
+    if line:
+        descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(descriptor, (line + "\\n").encode())
+        os.close(descriptor)
+        if line.startswith("network"):
+            raise PermissionError(f"blocked: {line}")
+
+if "HW_AUDIT" in os.environ:
+    watching = False
+    def guarded(event, args):
+        global watching
+        if not watching and event in ("open", "os.rename") or event.startswith("socket."):
+            watching = True
+            try:
+                watch(event, args)
+            finally:
+                watching = False
+    sys.addaudithook(guarded)
+"""
+EVIL = ["../../evil", "<script>document.title='evil'</script>", "<img src=x onerror=alert(1)>", "$\\undefined{", "{braces} 100%"]
+
+
+@pytest.fixture(scope="session")
+def watched(tmp_path_factory):
+    """(executed notebook, its folder, what it did) of exercises 4 and 5 on a hostile table and hostile prompts."""
+    folder = tmp_path_factory.mktemp("watched")
+    home = folder / "home"
+    (home / ".cache/huggingface").mkdir(parents=True)
+    (home / ".cache/huggingface/token").write_text("hf_secretsecretsecret")
+    (folder / "audit").mkdir()
+    (folder / "audit/sitecustomize.py").write_text(AUDIT)
+    draw = np.random.default_rng(0)
+    table = pd.DataFrame(
+        {"../../evil": draw.normal(size=600), "<script>document.title='evil'</script>": draw.choice(["a", "<b>x</b>"], 600)}
+    )
+    table["<img src=x onerror=alert(1)>"] = draw.normal(size=600)
+    table.to_csv(folder / "table.csv", index=False)
+    source = some_sections(folder, "exercise-1", "exercise-4", "exercise-5", "summary")
+    command = [*papermill(source, folder / "done.ipynb", folder / "out", TABLE=str(folder / "table.csv"))]
+    command += ["-y", json.dumps({"PROMPTS": EVIL, "DATASETS": ["mnist"]})]
+    extra = {"HW_AUDIT": str(folder / "audit.log"), "PYTHONPATH": str(folder / "audit"), "HF_TOKEN": "hf_secretsecretsecret"}
+    environment = {k: v for k, v in ENVIRONMENT.items() if k not in ("HF_HUB_OFFLINE", "HF_HOME")} | extra | {"HOME": str(home)}
+    done = attempt(command, environment=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return nbformat.read(folder / "done.ipynb", 4), folder, (folder / "audit.log").read_text().splitlines()

@@ -1,0 +1,38 @@
+"""One section alone: python outputs/tools/alone.py SECTION [papermill's options, such as -p PROFILE smoke].
+
+SECTION is foundations, exercise-1 to exercise-5, stability, speed or summary. A copy of the notebook with the set-up and that
+section runs in the repository's folder and is kept as SECTION.ipynb in OUTPUT_DIR.
+"""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main() -> int:
+    """Choose the cells, run them by papermill, and return its exit status."""
+    notebook = nbformat.read(ROOT / "hw.diffusion.ipynb", 4)
+    tags = [{*cell.metadata.get("tags", [])} for cell in notebook.cells]
+    sections = set().union(*tags) - {"parameters", "setup", "plumbing"}
+    section, *options = sys.argv[1:] or [""]
+    if section not in sections:
+        sys.exit(f"{section!r} is not a section; allowed: {', '.join(sorted(sections))}.")
+    wanted, kept = {section, "parameters", "setup"}, []
+    chapters = [k for k, cell in enumerate(notebook.cells) if cell.cell_type == "markdown" and cell.source.startswith("# ")]
+    for start, end in itertools.pairwise([*chapters, len(notebook.cells)]):
+        if wanted & set().union(*tags[start:end]):  # a chapter of which nothing runs goes with its text
+            kept += [c for c, t in zip(notebook.cells[start:end], tags[start:end], strict=True) if not t or t & wanted]
+    notebook.cells = kept
+    folder = Path(options[options.index("OUTPUT_DIR") + 1] if "OUTPUT_DIR" in options else "outputs/run").expanduser()
+    (ROOT / folder).mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "papermill", "-", str(ROOT / folder / f"{section}.ipynb"), "--cwd", str(ROOT), *options]
+    return subprocess.run(command, input=nbformat.writes(notebook), text=True).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""A notebook as one page that needs no network: jupyter nbconvert --config outputs/tools/page.py NOTEBOOK.ipynb.
+
+nbconvert reads this file as its configuration. Formulas become MathML, which browsers draw by themselves, HTML in a text is
+shown and not executed, and the template page/ adds a table of contents and a print style.
+"""
+
+import re
+from pathlib import Path
+
+from latex2mathml.converter import convert
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+
+
+class Renderer(IPythonRenderer):
+    """Markdown to HTML with formulas in MathML, and with tables that scroll by themselves where they are wide."""
+
+    def block_math(self, body: str) -> str:
+        """A formula on a line of its own."""
+        return self.inline_math(body, "block")
+
+    def inline_math(self, body: str, display: str = "inline") -> str:
+        """A formula within a line, as MathML."""
+        body = re.sub(r"\\[bB]igg?[lr](?=\\)", "", body.strip())  # latex2mathml knows no larger \lVert
+        mathml = convert(body, display=display).replace("<mo>&#x02016;</mo>", '<mo stretchy="false">&#x02016;</mo>')
+        return f'<span class="formula {display}">{mathml}</span>'
+
+
+def markdown(source: str, escape: bool = False) -> str:
+    """Markdown as HTML; the HTML that stands in it is shown as text where `escape` is set, as for outputs."""
+    html = MarkdownWithMath(renderer=Renderer(escape=escape, allow_harmful_protocols=None)).render(source)
+    return html.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
+
+
+c = get_config()  # noqa: F821 -- nbconvert hands it over
+c.NbConvertApp.export_format = "html"
+c.TemplateExporter.extra_template_basedirs = [str(Path(__file__).parent)]
+c.HTMLExporter.template_name = "page"
+c.HTMLExporter.filters = {"markdown2html": markdown}
