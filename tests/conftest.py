@@ -175,8 +175,16 @@ def watched(tmp_path_factory):
     source = some_sections(folder, "exercise-1", "exercise-4", "exercise-5", "summary")
     command = [*papermill(source, folder / "done.ipynb", folder / "out", TABLE=str(folder / "table.csv"))]
     command += ["-y", json.dumps({"PROMPTS": EVIL, "DATASETS": ["mnist"]})]
+    command += ["-p", "SOURCE", "bundled"]
     extra = {"HW_AUDIT": str(folder / "audit.log"), "PYTHONPATH": str(folder / "audit"), "HF_TOKEN": "hf_secretsecretsecret"}
-    environment = {k: v for k, v in ENVIRONMENT.items() if k not in ("HF_HUB_OFFLINE", "HF_HOME")} | extra | {"HOME": str(home)}
+    closed = {"HF_HUB_OFFLINE", "HF_HOME", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"}  # so that a call would be seen
+    environment = {k: v for k, v in ENVIRONMENT.items() if k.upper() not in closed} | extra | {"HOME": str(home)}
     done = attempt(command, environment=environment)
     assert done.returncode == 0, done.stderr[-3000:]
+    call = "import socket; socket.create_connection(('192.0.2.1', 80), 1)"  # the watch must see this one
+    assert (
+        "blocked"
+        in attempt([sys.executable, "-c", call], environment=environment | {"HW_AUDIT": str(folder / "control.log")}).stderr
+    )
+    assert "192.0.2.1" in (folder / "control.log").read_text()
     return nbformat.read(folder / "done.ipynb", 4), folder, (folder / "audit.log").read_text().splitlines()

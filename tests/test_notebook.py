@@ -30,7 +30,7 @@ from shared import (
 
 COLUMNS = ["run", "metric", "value", "low", "high", "N", "n_real", "dataset", "method", "eta", "variance", "spacing"]
 COLUMNS += ["steps", "seed", "detail"]
-BUDGET = {"parameters": 9, "setup": 759, "foundations": 150, "exercise-1": 100, "exercise-2": 110, "exercise-3": 150}
+BUDGET = {"parameters": 9, "setup": 761, "foundations": 150, "exercise-1": 100, "exercise-2": 110, "exercise-3": 150}
 BUDGET |= {"exercise-4": 250, "exercise-5": 150, "stability": 90, "speed": 90, "summary": 60}  # lines of code at most
 # two processes; without --multi_gpu accelerate starts a single one on CPUs, silently
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -321,6 +321,7 @@ def test_smoke_run_is_clean(smoke):
 @pytest.mark.parametrize("section", [*SECTIONS, "summary"])
 def test_each_section_runs_alone_after_setup(section, smoke, tmp_path):
     """By README's line."""
+    assert f"`python outputs/tools/alone.py {section}`" in (ROOT / "README.md").read_text(encoding="utf-8")
     options = ["-p", "PROFILE", "smoke", "-p", "OUTPUT_DIR", str(tmp_path / "out"), "--no-progress-bar"]
     run([sys.executable, str(ROOT / "outputs/tools/alone.py"), section, *options])
     done = nbformat.read(tmp_path / f"out/{section}.ipynb", 4)
@@ -402,6 +403,8 @@ def test_two_processes_give_the_statistics_of_one(smoke, tmp_path):
     two, one = (t[t["metric"].isin(["FD-EffNet", "KD-EffNet", "paired_rms"])].set_index(key)["value"] for t in tables)
     assert len(two) == len(one) > 3
     pd.testing.assert_series_equal(two.sort_index(), one.sort_index(), rtol=1e-3)
+    measured = (pd.read_csv(out / "results/exercise-1.csv")["metric"] == "seconds_per_image").sum()
+    assert len(list((out / "cache").glob("*.npz"))) == 2 * measured, "each process keeps its chunks"
 
 
 def test_a_failing_process_stops_the_launch_with_its_reason(tmp_path):

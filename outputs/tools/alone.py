@@ -1,12 +1,13 @@
 """One section alone: python outputs/tools/alone.py SECTION [papermill's options, such as -p PROFILE smoke].
 
 SECTION is foundations, exercise-1 to exercise-5, stability, speed or summary. A copy of the notebook with the set-up and that
-section runs in the repository's folder and is kept as SECTION.ipynb in OUTPUT_DIR.
+section runs in the repository's folder and is kept as SECTION.ipynb in OUTPUT_DIR (-p OUTPUT_DIR folder).
 """
 
 import itertools
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -28,10 +29,16 @@ def main() -> int:
         if wanted & set().union(*tags[start:end]):  # a chapter of which nothing runs goes with its text
             kept += [c for c, t in zip(notebook.cells[start:end], tags[start:end], strict=True) if not t or t & wanted]
     notebook.cells = kept
-    folder = Path(options[options.index("OUTPUT_DIR") + 1] if "OUTPUT_DIR" in options else "outputs/run").expanduser()
-    (ROOT / folder).mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "papermill", "-", str(ROOT / folder / f"{section}.ipynb"), "--cwd", str(ROOT), *options]
-    return subprocess.run(command, input=nbformat.writes(notebook), text=True).returncode
+    given = dict(itertools.pairwise(options))
+    folder = ROOT / Path(given.get("OUTPUT_DIR", "outputs/run")).expanduser()
+    with tempfile.TemporaryDirectory() as scratch:
+        nbformat.write(notebook, part := Path(scratch) / f"{section}.ipynb")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            sys.exit(f"OUTPUT_DIR = {str(folder)!r} cannot be made ({error.strerror}); choose another folder.")
+        command = [sys.executable, "-m", "papermill", str(part), str(folder / part.name), "--cwd", str(ROOT), *options]
+        return subprocess.run(command).returncode
 
 
 if __name__ == "__main__":

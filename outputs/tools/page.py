@@ -4,10 +4,12 @@ nbconvert reads this file as its configuration. Formulas become MathML, which br
 shown and not executed, and the template page/ adds a table of contents and a print style.
 """
 
+import html
 import re
+import xml.etree.ElementTree as xml
 from pathlib import Path
 
-from latex2mathml.converter import convert
+from latex2mathml.converter import convert_to_element
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
 
@@ -19,16 +21,20 @@ class Renderer(IPythonRenderer):
         return self.inline_math(body, "block")
 
     def inline_math(self, body: str, display: str = "inline") -> str:
-        """A formula within a line, as MathML."""
-        body = re.sub(r"\\[bB]igg?[lr](?=\\)", "", body.strip())  # latex2mathml knows no larger \lVert
-        mathml = convert(body, display=display).replace("<mo>&#x02016;</mo>", '<mo stretchy="false">&#x02016;</mo>')
+        """A formula within a line, as MathML; what is no formula, such as two prices in dollars, stays as it was written."""
+        known = re.sub(r"\\[bB]igg?[lr](?=\\)", "", body.strip())  # latex2mathml knows no larger \lVert
+        try:  # serialised here, because the library's own text has its characters unescaped
+            mathml = xml.tostring(convert_to_element(known, display=display), encoding="unicode").replace("&amp;#x", "&#x")
+        except Exception:  # it raises whatever it stumbles over
+            return f"${html.escape(body)}$"
+        mathml = mathml.replace("<mo>&#x02016;", '<mo stretchy="false">&#x02016;')
         return f'<span class="formula {display}">{mathml}</span>'
 
 
 def markdown(source: str, escape: bool = False) -> str:
     """Markdown as HTML; the HTML that stands in it is shown as text where `escape` is set, as for outputs."""
-    html = MarkdownWithMath(renderer=Renderer(escape=escape, allow_harmful_protocols=None)).render(source)
-    return html.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
+    page = MarkdownWithMath(renderer=Renderer(escape=escape, allow_harmful_protocols=None)).render(source)
+    return page.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
 
 
 c = get_config()  # noqa: F821 -- nbconvert hands it over
