@@ -329,7 +329,7 @@ def test_each_section_runs_alone_after_setup(section, smoke, tmp_path):
         *("parameters", "setup"), section,
     }  # fmt: skip
     chapters = [c.source.splitlines()[0] for c in done.cells if c.cell_type == "markdown" and c.source.startswith("# ")]
-    assert len(chapters) == (3 if section == "summary" else 2), "set-up and its own chapter"
+    assert len(chapters) == (4 if section == "summary" else 3), "a title, set-up and its own chapter"
     if section != "summary":
         assert keys_of(tmp_path / "out", section) == keys_of(smoke[1], section)
 

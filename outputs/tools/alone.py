@@ -20,10 +20,13 @@ def main() -> int:
     notebook = nbformat.read(ROOT / "hw.diffusion.ipynb", 4)
     tags = [{*cell.metadata.get("tags", [])} for cell in notebook.cells]
     sections = set().union(*tags) - {"parameters", "setup", "plumbing"}
-    section, *options = sys.argv[1:] or [""]
+    section, *options = sys.argv[1:] or ["--help"]
+    if section in ("-h", "--help"):
+        sys.exit(__doc__)
     if section not in sections:
         sys.exit(f"{section!r} is not a section; allowed: {', '.join(sorted(sections))}.")
-    wanted, kept = {section, "parameters", "setup"}, []
+    title = f"# {section.capitalize().replace('-', ' ')} alone\nThe set-up comes first, then the section."
+    wanted, kept = {section, "parameters", "setup"}, [nbformat.v4.new_markdown_cell(title, id="alone")]
     chapters = [k for k, cell in enumerate(notebook.cells) if cell.cell_type == "markdown" and cell.source.startswith("# ")]
     for start, end in itertools.pairwise([*chapters, len(notebook.cells)]):
         if wanted & set().union(*tags[start:end]):  # a chapter of which nothing runs goes with its text
