@@ -79,7 +79,7 @@ def survive(command_for, undisturbed, kills, longest, folder, environment, seed=
 
 
 def main():
-    kills, seed = (int(v) for v in [*sys.argv[1:], "20", "0"][:2]) if len(sys.argv) != 2 else (int(sys.argv[1]), 0)
+    kills, seed = map(int, sys.argv[1:] + ["20", "0"][len(sys.argv) - 1 :])
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
 

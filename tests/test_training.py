@@ -534,6 +534,7 @@ def test_the_judge_writes_reference_rows_and_card(trained, nb, run, data, monkey
         nb.load_checkpoint.cache_clear()
         judge.judge_images(nb, "mnist", recipe, data, out, race)
     nb.load_checkpoint.cache_clear()
+    assert nb.attested(out / "mnist", reference=True), "the card names the statistics"
     reference = nb.Reference(**nb.load_file(out / "mnist" / "reference.safetensors"))
     assert (int(reference.n_real), reference.heldout.shape, reference.training.shape) == (32, (8, 320), (32, 320))
     rows = pd.DataFrame(nb.results("training"))

@@ -8,7 +8,6 @@ one scale whatever it predicts, and no card; the cards of the same NAME then sho
 
 import argparse
 import contextlib
-import hashlib
 import io
 import json
 import linecache
@@ -52,11 +51,6 @@ def reference_of(nb: Any, folder: Path, training: Tensor, heldout: Tensor) -> An
         stored |= {k: stored[k].half() for k in ("heldout", "training") if k in stored}
         save_file({k: v.contiguous() for k, v in stored.items()}, path)
     return nb.Reference(**load_file(path))
-
-
-def attest(folder: Path) -> str:
-    """The line of a card by which the notebook tells that the reference is the one judged."""
-    return f"sha256 of reference.safetensors: `{hashlib.sha256((folder / 'reference.safetensors').read_bytes()).hexdigest()}`"
 
 
 def nearest_l2(images: Tensor, training: Tensor) -> float:
@@ -152,7 +146,7 @@ def judge_images(nb: Any, name: str, recipe: Recipe, data: Path, out: Path, race
 {reference.metric} against {n_real} real training images, the kernel distance KD-EffNet against {n_held} held-out ones;
 95 % intervals. The floor is what as many held-out real images score.
 
-{attest(folder)}
+sha256 of reference.safetensors: `{nb.weights_sha256(folder, reference=True)}`
 
 {markdown(lines)}
 
@@ -225,7 +219,7 @@ def judge_text(nb: Any, data: Path, out: Path) -> None:
 Held-out drawings come back from the autoencoder with a mean absolute error of {error:.1f} of 255 (PSNR {psnr:.1f} dB).
 Exercise 5's score recognises real drawings, looked up among the other styles, in {found} of cases.
 
-{attest(folder)}
+sha256 of reference.safetensors: `{nb.weights_sha256(folder, reference=True)}`
 
 What each part of the model lets through, told by how often the right one of {len(means)} captions that were never trained on
 is the nearest (here to the mean of all its drawings) [95 % interval]:

@@ -14,7 +14,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
 
 class Renderer(IPythonRenderer):
-    """Markdown to HTML with formulas in MathML, and with tables that scroll by themselves where they are wide."""
+    """Markdown to HTML with formulas in MathML."""
 
     def block_math(self, body: str) -> str:
         """A formula on a line of its own."""
@@ -32,7 +32,10 @@ class Renderer(IPythonRenderer):
 
 
 def markdown(source: str, escape: bool = False) -> str:
-    """Markdown as HTML; the HTML that stands in it is shown as text where `escape` is set, as for outputs."""
+    """Markdown as HTML; the HTML that stands in it is shown as text where `escape` is set, as for outputs.
+
+    A wide table scrolls by itself.
+    """
     page = MarkdownWithMath(renderer=Renderer(escape=escape, allow_harmful_protocols=None)).render(source)
     return page.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
 
