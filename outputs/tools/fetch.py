@@ -1,0 +1,216 @@
+"""What the notebook takes from the web, fetched by a process of its own, which can be stopped where no time-out helps:
+in a name lookup or on a silent connection. Without progress for 8 s it gives up.
+
+    python outputs/tools/fetch.py REPOSITORY [model [VARIANT [GIGABYTES]]]   a pipeline's files, into the hub's own cache
+    python outputs/tools/fetch.py REPOSITORY dataset ROWS TARGET             a random choice of images, TARGET-COMMIT-ROWS.parquet
+    python outputs/tools/fetch.py Inception-v3                               the weights of FID's network, into torch's cache
+
+The last line on stdout is the folder or file. Exit status 1: the cause, a sentence on stderr, lies in this repository; 2: in the
+whole hub, or on the way there; what an earlier day left in the cache is then named all the same.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # plain HTTP, whose progress can be seen
+import huggingface_hub
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from huggingface_hub import constants, errors
+
+PATIENCE = 8.0  # seconds
+MOST = 3e8  # bytes of a data set's split, one file at least
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # the name ends with the start of its SHA-256
+RELEASE = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
+
+
+def store_of(repo: str, kind: str) -> Path:
+    """A repository's folder in the hub's cache."""
+    return Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo.replace('/', '--')}"
+
+
+def give_up(cause: str, status: int) -> None:
+    """Name what an earlier day left, say why there is nothing newer, and end the process whatever its other threads do."""
+    what, kind, *more = [*sys.argv[1:], "model"]
+    if status == 2 and kind == "dataset":
+        left = [*Path(more[1]).parent.glob(f"{Path(more[1]).name}-*-{more[0]}.parquet")]
+    else:
+        whole = [f for f in store_of(what, kind).glob("snapshots/*") if not f.parent.with_name(f"incomplete-{f.name}").exists()]
+        left = whole if status == 2 else []
+    if left:
+        print(max(left, key=os.path.getmtime), flush=True)
+    print(cause, file=sys.stderr, flush=True)
+    os._exit(status)
+
+
+def watch(folder: Path) -> None:
+    """Give up when neither a file in the folder grows by 100 kB nor a second of computing is done for a while."""
+    seen: Any = None
+    since = time.monotonic()
+    while time.monotonic() - since < PATIENCE:
+        time.sleep(0.2)
+        with contextlib.suppress(OSError):  # a file that was just renamed
+            now = [int(time.process_time()), *((f, f.stat().st_size // 100_000) for f in folder.glob("*"))]
+            seen, since = now, since if now == seen else time.monotonic()
+    give_up(f"nothing came for {PATIENCE:.0f} s", 1 if sys.argv[1] == "Inception-v3" else 2)
+
+
+def of_model(sizes: dict[str, int], variant: str) -> list[str]:
+    """What loading a pipeline reads: texts, and beside each config.json one form of the weights.
+
+    That is the variant if it is asked for and there, safetensors if there are any. A checker of images is left out.
+    """
+
+    def form(file: str) -> tuple[str, bool]:
+        named = re.search(r"\.(\w+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)$", os.path.basename(file))
+        return named[1] if named else "", file.endswith(".bin")
+
+    chosen = [f for f in sizes if f.endswith((".json", ".txt", ".model")) and not f.startswith("safety_checker/")]
+    for folder in {os.path.dirname(f) for f in chosen if os.path.basename(f) == "config.json"}:
+        weights = [f for f in sizes if os.path.dirname(f) == folder and f.endswith((".safetensors", ".bin"))]
+        order = [(v, binary) for v in (variant, "") for binary in (False, True)]
+        best = next((wanted for wanted in order if wanted in map(form, weights)), None)
+        chosen += [f for f in weights if form(f) == best]
+    return chosen
+
+
+def of_dataset(sizes: dict[str, int]) -> list[str]:
+    """Parquet files in an order that is random but always the same: of each split those that fit, one at least."""
+    order = sorted((f for f in sizes if f.endswith(".parquet")), key=lambda f: hashlib.sha256(f.encode()).digest())
+    chosen = []
+    for held in (False, True):
+        total = 0
+        for file in (f for f in order if os.path.basename(f).startswith("test") == held):
+            if total == 0 or total + sizes[file] <= MOST:
+                chosen.append(file)
+            total += sizes[file]
+    return chosen
+
+
+def repository(repo: str, kind: str, variant: str = "", most: float = np.inf) -> tuple[Path, list[str]]:
+    """Download what is missing, each file checked against the hub's hash; the snapshot's folder and the files wanted in it."""
+    store = store_of(repo, kind)
+    threading.Thread(target=watch, args=(store / "blobs",), daemon=True).start()
+    found = huggingface_hub.HfApi().repo_info(repo, repo_type=kind, files_metadata=True)
+    files = {f.rfilename: f for f in found.siblings}
+    sizes = {name: f.size for name, f in files.items()}
+    wanted = of_dataset(sizes) if kind == "dataset" else of_model(sizes, variant)
+    if not wanted:
+        raise ValueError("it holds no files that could be used")
+    if (size := sum(sizes[name] for name in wanted)) > most:
+        raise ValueError(f"its {size / 1e9:.1f} GB are too much for a CPU")
+    folder = store / "snapshots" / found.sha
+    missing = [f for f in wanted if not (folder / f).is_file() or (folder / f).stat().st_size != sizes[f]]
+    if missing:
+        store.mkdir(parents=True, exist_ok=True)
+        (store / f"incomplete-{found.sha}").touch()  # so that nobody takes the half of it for the whole
+    for name in missing:
+        path = Path(huggingface_hub.hf_hub_download(repo, name, repo_type=kind, revision=found.sha))
+        right = files[name].lfs.sha256 if files[name].lfs else files[name].blob_id
+        header = b"" if files[name].lfs else b"blob %d\0" % path.stat().st_size  # git's own hash, of small files
+        with path.open("rb") as file:
+            made = hashlib.file_digest(file, lambda start=header: hashlib.sha1(start) if start else hashlib.sha256())
+        if made.hexdigest() != right:
+            path.resolve().unlink()
+            raise ValueError(f"{name} arrived damaged, its hash is not the one that the hub names")
+    (store / f"incomplete-{found.sha}").unlink(missing_ok=True)
+    return folder, wanted
+
+
+def choice(folder: Path, files: list[str], rows: int, target: Path) -> None:
+    """Write encoded images, at most `rows` of each split, chosen and put in order at random: files may be sorted by class."""
+    tables = []
+    for held in (False, True):
+        paths = [folder / f for f in files if os.path.basename(f).startswith("test") == held]
+        if paths:
+            column = next((c for c in ("image", "img") if c in pq.read_schema(paths[0]).names), None)
+            if column is None:
+                raise ValueError(f"it has no column image or img, but {', '.join(pq.read_schema(paths[0]).names)}")
+            images = pa.concat_tables([pq.read_table(path, columns=[column]) for path in paths]).column(0)
+            chosen = images.take(np.random.default_rng(0).permutation(len(images))[:rows])
+            tables.append(pa.table({"image": chosen, "split": ["test" if held else "train"] * len(chosen)}))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.concat_tables(tables), partial := target.with_suffix(f".{os.getpid()}.partial"))
+    os.replace(partial, target)
+
+
+def dataset(repo: str, rows: int, target: Path) -> Path:
+    """The file of chosen images; made once for a commit."""
+    folder, files = repository(repo, "dataset")
+    path = target.with_name(f"{target.name}-{folder.name}-{rows}.parquet")
+    if not path.is_file():
+        choice(folder, files, rows, path)
+    return path
+
+
+def inception() -> Path:
+    """Inception's weights (96 MB) in torch's cache, whole or not at all."""
+    home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch"
+    path = Path(home) / "hub" / "checkpoints" / INCEPTION
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        threading.Thread(target=watch, args=(path.parent,), daemon=True).start()
+        partial = path.with_suffix(f".{os.getpid()}.part")
+        try:
+            urllib.request.urlretrieve(RELEASE, partial)
+            with partial.open("rb") as file:
+                if not hashlib.file_digest(file, "sha256").hexdigest().startswith("6726825d"):
+                    raise ValueError("damaged on the way")
+            os.replace(partial, path)
+        except Exception as error:
+            raise ValueError(f"GitHub does not give its weights ({error}), so FD-EffNet takes the place of FID") from error
+        finally:
+            partial.unlink(missing_ok=True)
+    return path
+
+
+def cause_of(error: Exception) -> tuple[str, int]:
+    """(why in plain words, exit status)."""
+    while "LocalEntryNotFound" in type(error).__name__ and error.__cause__:
+        error = error.__cause__
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, errors.GatedRepoError):
+        return "it is gated; accept its terms on its page, then log in with `hf auth login`", 1
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "it is not there, or private (404)", 1
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return "a file that the hub lists is not there (404)", 1
+    if isinstance(error, errors.HfHubHTTPError) and (status := getattr(error.response, "status_code", 0)):
+        return f"it answers {status} {getattr(error.response, 'reason_phrase', '')}".strip(), 2
+    if type(error).__name__ == "JSONDecodeError":
+        return "it answers with a web page in the place of data, as a network does that wants a login first", 2
+    if type(error).__name__ in ("UnsupportedProtocol", "InvalidURL"):
+        return "HF_ENDPOINT must start with http:// or https://", 2
+    if isinstance(error, PermissionError | FileExistsError | NotADirectoryError) or getattr(error, "errno", 0) in (28, 30):
+        return f"its cache cannot be written ({text})", 2
+    own = isinstance(error, ValueError) or "Consistency check" in text
+    return text.split(" This is usually")[0] or type(error).__name__, 1 if own else 2
+
+
+def main() -> None:
+    """Fetch and print where it lies; on a fault say the cause and exit."""
+    what, kind, *more = [*sys.argv[1:], "model"] if len(sys.argv) == 2 else sys.argv[1:]
+    try:
+        if what == "Inception-v3":
+            print(inception())
+        elif os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+            raise errors.OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
+        elif kind == "dataset":
+            print(dataset(what, int(more[0]), Path(more[1])))
+        else:
+            print(repository(what, kind, *more[:1], *(1e9 * float(gigabytes) for gigabytes in more[1:]))[0])
+    except Exception as error:  # whatever the network, the disk or the library raises
+        give_up(*cause_of(error))
+
+
+if __name__ == "__main__":
+    main()
