@@ -167,7 +167,9 @@ def inception() -> Path:
                     raise ValueError("damaged on the way")
             os.replace(partial, path)
         except Exception as error:
-            raise ValueError(f"GitHub does not give its weights ({error}), so FD-EffNet takes the place of FID") from error
+            raise ValueError(
+                f"GitHub does not give its weights ({getattr(error, 'reason', error)}), so FD-EffNet takes the place of FID"
+            ) from error
         finally:
             partial.unlink(missing_ok=True)
     return path
