@@ -55,10 +55,12 @@ def planned(profile: str, source: str) -> tuple:
 
         def network(name: str, gflop: float, wide: bool) -> object:
             spec = nb.DATA[name]
-            made = nb.Checkpoint(name, source, None, (spec.channels, spec.size, spec.size), nb.ALPHA_BAR, "0" * 64)
+            made = nb.Checkpoint(
+                name, source if spec.model else "bundled", None, (spec.channels, spec.size, spec.size), nb.ALPHA_BAR, "0" * 64
+            )
             return nb.replace(made, dtype=torch.float16 if wide else torch.float32, control=gflop * 1e9)
 
-        known = {n: (spec.gflop if source == "hub" else record.get(n, 0)) for n, spec in nb.DATA.items()}
+        known = {n: (spec.gflop if source == "hub" and spec.model else record.get(n, 0)) for n, spec in nb.DATA.items()}
         networks = [network(n, known[n], n != "mnist") for n in nb.PROFILES[profile][source] if known[n]]
         nb.Section, nb.at_hand = section, lambda: networks
         begun = {cell: source for tag in SECTIONS for cell, source in cells_tagged(tag)}
@@ -87,7 +89,7 @@ def minutes(card: Card, nb: object, plans: dict, profile: str, source: str) -> d
         spent[section] = seconds
     of = lambda N: DISTANCE[metric] * (N / 2048) ** 1.6 / card.cpu  # noqa: E731
     pictures = lambda N: N * FEATURES[metric] / card.single  # noqa: E731
-    for plan in (nb.PROFILES[profile][source][c.name] for c in nb.E1_MODELS):
+    for plan in (nb.PROFILES[profile][c.source][c.name] for c in nb.E1_MODELS):
         sampled = len(plan.ddim) + len(plan.ddpm)
         spent["exercise-1"] += 9 * sampled * of(plan.N) + sampled * pictures(plan.N)
         if source == "hub":  # real images, once: features, and the floors

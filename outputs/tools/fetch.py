@@ -1,5 +1,5 @@
 """What the notebook takes from the web, fetched by a process of its own, which can be stopped where no time-out helps:
-in a name lookup or on a silent connection. Without progress for 8 s it gives up.
+in a name lookup or on a silent connection. It gives up without an answer for 8 s, or where a download rests for 20 s.
 
     python outputs/tools/fetch.py REPOSITORY [model [VARIANT [GIGABYTES]]]   a pipeline's files, into the hub's own cache
     python outputs/tools/fetch.py REPOSITORY dataset ROWS TARGET             a random choice of images, TARGET-COMMIT-ROWS.parquet
@@ -11,6 +11,7 @@ whole hub, or on the way there; what an earlier day left in the cache is then na
 
 import contextlib
 import hashlib
+import logging
 import os
 import re
 import sys
@@ -18,7 +19,6 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # plain HTTP, whose progress can be seen
 import huggingface_hub
@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import constants, errors
 
-PATIENCE = 8.0  # seconds
+FIRST, LATER = 8.0, 20.0  # seconds without an answer, and without 100 kB more once some have come
 MOST = 3e8  # bytes of a data set's split, one file at least
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # the name ends with the start of its SHA-256
 RELEASE = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
@@ -52,16 +52,36 @@ def give_up(cause: str, status: int) -> None:
     os._exit(status)
 
 
+class Progress(logging.Handler):
+    """What has happened so far: the library's last warning, and how much was hashed."""
+
+    warning, hashed = "", 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a warning, such as that of a retry, instead of printing it."""
+        self.warning = record.getMessage()
+
+
+PROGRESS = Progress()
+logging.getLogger("huggingface_hub").addHandler(PROGRESS)
+logging.getLogger("huggingface_hub").propagate = False
+
+
 def watch(folder: Path) -> None:
-    """Give up when neither a file in the folder grows by 100 kB nor a second of computing is done for a while."""
-    seen: Any = None
-    since = time.monotonic()
-    while time.monotonic() - since < PATIENCE:
+    """Give up when for a while no file in the folder grows by 100 kB, and nothing is hashed or computed."""
+    before, seen, since, patience = {*folder.glob("*")}, None, time.monotonic(), FIRST
+    while time.monotonic() - since < patience:
         time.sleep(0.2)
         with contextlib.suppress(OSError):  # a file that was just renamed
-            now = [int(time.process_time()), *((f, f.stat().st_size // 100_000) for f in folder.glob("*"))]
+            sizes = {f: f.stat().st_size // 100_000 for f in folder.glob("*")}
+            now = (sizes, PROGRESS.hashed, int(time.process_time()))
             seen, since = now, since if now == seen else time.monotonic()
-    give_up(f"nothing came for {PATIENCE:.0f} s", 1 if sys.argv[1] == "Inception-v3" else 2)
+            patience = LATER if any(size for f, size in sizes.items() if f not in before) else FIRST
+    for partial in {*folder.glob("*.incomplete")} - before:  # the library begins anew each time
+        partial.unlink(missing_ok=True)
+    status = re.search(r"HTTP Error (\d+)", PROGRESS.warning)
+    cause = f"it answers {status[1]}" if status else f"nothing came for {patience:.0f} s"
+    give_up(cause, 1 if patience == LATER or sys.argv[1] == "Inception-v3" else 2)
 
 
 def of_model(sizes: dict[str, int], variant: str) -> list[str]:
@@ -116,9 +136,11 @@ def repository(repo: str, kind: str, variant: str = "", most: float = np.inf) ->
     for name in missing:
         path = Path(huggingface_hub.hf_hub_download(repo, name, repo_type=kind, revision=found.sha))
         right = files[name].lfs.sha256 if files[name].lfs else files[name].blob_id
-        header = b"" if files[name].lfs else b"blob %d\0" % path.stat().st_size  # git's own hash, of small files
+        made = hashlib.sha256() if files[name].lfs else hashlib.sha1(b"blob %d\0" % path.stat().st_size)  # git's, of small files
         with path.open("rb") as file:
-            made = hashlib.file_digest(file, lambda start=header: hashlib.sha1(start) if start else hashlib.sha256())
+            while block := file.read(1 << 22):
+                made.update(block)
+                PROGRESS.hashed += 1
         if made.hexdigest() != right:
             path.resolve().unlink()
             raise ValueError(f"{name} arrived damaged, its hash is not the one that the hub names")
@@ -148,30 +170,33 @@ def dataset(repo: str, rows: int, target: Path) -> Path:
     folder, files = repository(repo, "dataset")
     path = target.with_name(f"{target.name}-{folder.name}-{rows}.parquet")
     if not path.is_file():
-        choice(folder, files, rows, path)
+        try:
+            choice(folder, files, rows, path)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written ({error.strerror})") from error
     return path
 
 
 def inception() -> Path:
     """Inception's weights (96 MB) in torch's cache, whole or not at all."""
-    home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch"
-    path = Path(home) / "hub" / "checkpoints" / INCEPTION
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    path = Path(os.environ.get("TORCH_HOME") or f"{cache}/torch").expanduser() / "hub" / "checkpoints" / INCEPTION
+    partial = path.with_suffix(f".{os.getpid()}.part")
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        threading.Thread(target=watch, args=(path.parent,), daemon=True).start()
-        partial = path.with_suffix(f".{os.getpid()}.part")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            threading.Thread(target=watch, args=(path.parent,), daemon=True).start()
             urllib.request.urlretrieve(RELEASE, partial)
             with partial.open("rb") as file:
                 if not hashlib.file_digest(file, "sha256").hexdigest().startswith("6726825d"):
                     raise ValueError("damaged on the way")
             os.replace(partial, path)
         except Exception as error:
-            raise ValueError(
-                f"GitHub does not give its weights ({getattr(error, 'reason', error)}), so FD-EffNet takes the place of FID"
-            ) from error
+            told = getattr(error, "reason", error)
+            raise ValueError(f"its weights cannot be downloaded ({told}), so FD-EffNet takes the place of FID") from error
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
     return path
 
 
@@ -187,15 +212,16 @@ def cause_of(error: Exception) -> tuple[str, int]:
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return "a file that the hub lists is not there (404)", 1
     if isinstance(error, errors.HfHubHTTPError) and (status := getattr(error.response, "status_code", 0)):
-        return f"it answers {status} {getattr(error.response, 'reason_phrase', '')}".strip(), 2
+        reason = f"it answers {status} {getattr(error.response, 'reason_phrase', '')}".strip()
+        return reason, 2 if status in (401, 407, 429) or status >= 500 else 1
     if type(error).__name__ == "JSONDecodeError":
         return "it answers with a web page in the place of data, as a network does that wants a login first", 2
     if type(error).__name__ in ("UnsupportedProtocol", "InvalidURL"):
         return "HF_ENDPOINT must start with http:// or https://", 2
-    if isinstance(error, PermissionError | FileExistsError | NotADirectoryError) or getattr(error, "errno", 0) in (28, 30):
+    if getattr(error, "filename", None) or getattr(error, "errno", 0) in (28, 30):  # of a file, or the disk is full or read-only
         return f"its cache cannot be written ({text})", 2
-    own = isinstance(error, ValueError) or "Consistency check" in text
-    return text.split(" This is usually")[0] or type(error).__name__, 1 if own else 2
+    way = isinstance(error, ConnectionError | ImportError) or type(error).__module__.startswith("http")  # the network, a proxy
+    return text.split(" This is usually")[0] or type(error).__name__, 2 if way else 1
 
 
 def main() -> None:
