@@ -20,7 +20,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # plain HTTP, whose progress can be seen
+os.environ |= dict.fromkeys(("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY"), "1")  # plain HTTP
 import huggingface_hub
 import numpy as np
 import pyarrow as pa
