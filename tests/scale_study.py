@@ -26,7 +26,7 @@ seconds = time.perf_counter() - started
 reference = load_reference("cifar10", "bundled")
 if PROCESS.is_main_process:
     facts = {{"processes": PROCESS.num_processes, "threads": torch.get_num_threads(), "seconds": seconds}}
-    facts["distance"] = jackknife(reference.distance, features) | {{"n_real": int(reference.n_real)}}
+    facts["distance"] = jackknife(reference.distances(features)) | {{"n_real": int(reference.n_real)}}
     Path(OUTPUT_DIR, "facts.json").write_text(json.dumps(facts))
 """
 

@@ -142,7 +142,7 @@ def test_jackknife_of_a_mean_is_the_textbook_interval(nb, blocks):
     x = normal(32, 1, 0).flatten()
     means = np.array([x[b::blocks].mean() for b in range(blocks)])
     half = scipy.stats.t.ppf(0.975, blocks - 1) * means.std(ddof=1) / math.sqrt(blocks)
-    value, low, high = nb.jackknife(mean_of, x, blocks).values()
+    value, low, high = nb.jackknife(nb.left_out(mean_of, x, blocks)).values()
     assert value == pytest.approx(float(x.mean()), rel=1e-12)
     assert value - low == pytest.approx(half, rel=1e-9)
     assert high - value == pytest.approx(half, rel=1e-9)
@@ -150,7 +150,7 @@ def test_jackknife_of_a_mean_is_the_textbook_interval(nb, blocks):
 
 def test_jackknife_hands_over_whole_rows(nb):
     sizes = []
-    nb.jackknife(lambda s: sizes.append(tuple(s.shape)) or float(len(sizes)), normal(19, 3, 0))
+    nb.left_out(lambda s: sizes.append(tuple(s.shape)) or float(len(sizes)), normal(19, 3, 0))
     assert sizes == [(19, 3)] + [(16, 3)] * 3 + [(17, 3)] * 5
 
 
@@ -159,7 +159,7 @@ def test_jackknife_covers_the_truth(nb, statistic):
     """95 % of 500 intervals, give or take 4 standard errors of a proportion (0.04)."""
     x = 2 + normal(500, 64, 5)
     truth = statistic(torch.tensor([2.0]))
-    intervals = [[*nb.jackknife(statistic, sample).values()][1:] for sample in x]
+    intervals = [[*nb.jackknife(nb.left_out(statistic, sample)).values()][1:] for sample in x]
     covered = np.mean([low <= truth <= high for low, high in intervals])
     assert 0.91 <= covered <= 0.99
 
@@ -168,7 +168,7 @@ def test_jackknife_covers_the_truth(nb, statistic):
 def test_jackknife_of_no_more_samples_than_blocks_is_the_t_interval(nb, n):
     """A block that leaves out nothing would shrink the interval: one sample at a time is left out."""
     x = normal(n, 1, 3).flatten()
-    value, low, high = nb.jackknife(mean_of, x, blocks=20).values()
+    value, low, high = nb.jackknife(nb.left_out(mean_of, x, blocks=20)).values()
     expected = scipy.stats.t.interval(0.95, n - 1, value, scipy.stats.sem(x.numpy()))
     assert (low, high) == pytest.approx(expected, rel=1e-9)
 
@@ -262,3 +262,16 @@ def test_paired_rms_is_per_image_on_the_scale_of_the_sampler(nb):
     black, white = torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.full((2, 1, 4, 4), 255, dtype=torch.uint8)
     mixed = torch.cat([black[:1], white[:1]])
     assert nb.paired_rms(black, mixed).tolist() == [0.0, 2.0]
+
+
+@pytest.mark.parametrize(("n", "d"), [(16, 64), (64, 64), (200, 64), (65, 64)])
+def test_a_references_distance_is_the_frechet_distance(nb, n, d):
+    """By the smaller of two matrices, whose nonzero eigenvalues are the same."""
+    real, drawn = mixed(300, d, 0), mixed(n, d, 1)
+    reference = nb.make_reference(real, mixed(20, d, 2))
+    expected = nb.frechet_distance(reference.mean, reference.cov, *nb.moments(drawn))
+    assert reference.distance(drawn) == pytest.approx(expected, rel=1e-6)
+    found = reference.distances(drawn)
+    assert found[0] == reference.distance(drawn)
+    assert found[3] == pytest.approx(reference.distance(drawn[torch.arange(n) % 8 != 2]), rel=1e-12)
+    assert reference.distances(drawn) is found, "differences use them again"

@@ -1,23 +1,22 @@
 """Records, caches, checkpoints, real images and parameters: what must hold when something goes wrong as well."""
 
-import contextlib
 import hashlib
-import inspect
 import io
+import itertools
 import logging
 import os
 import re
 import shutil
-import socket
-import threading
 import weakref
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import cells_tagged, set_up
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
+from shared import Card
 
 COLUMNS = [
     *("run", "metric", "value", "low", "high", "N", "n_real", "dataset"),
@@ -70,6 +69,7 @@ WRONG = {  # parameter -> (what the sentence names, wrong values)
     "DATASETS": ("mnist", (), ("imagenet",), ("mnist", "MNIST"), "mnist", None, 3, [["mnist"]]),
     "CAPTURE_EVERY": ("1 to 1000", 0, 1001, 1.5),
     "TABLE": ("CSV", "/no/such/table.csv", "tests", 5),
+    "TARGET": ("column", 5, None),
     "PROMPTS": ("list of texts", "red apple", [1]),
 }
 
@@ -97,80 +97,81 @@ def test_right_parameters_pass(setup_with, given, expected):
 def test_a_tilde_is_the_home_folder(setup_with, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "pictures").mkdir()
-    (tmp_path / "table.csv").write_text("a,b")
+    (tmp_path / "table.csv").write_text("a,b\n" + "1.5,x\n2.5,y\n" * 100)
     module = setup_with(OUTPUT_DIR="~/run", DATA_DIR="~/pictures", TABLE="~/table.csv")
     assert (module.OUTPUT_DIR, module.DATA_DIR) == (str(tmp_path / "run"), str(tmp_path / "pictures"))
     assert module.TABLE == str(tmp_path / "table.csv")
 
 
-# -------------------------------------------------------------------------------------------------------- hub
+# --------------------------------------------------------------------------------------------- what is in force
+
+
+@pytest.fixture(autouse=True)
+def _no_faults_yet(nb):
+    nb.FAULTS.clear()
+    nb.NOTICES.clear()
+    yield
+    nb.FAULTS.clear()
+    nb.NOTICES.clear()
 
 
 @pytest.fixture
-def asking(nb, monkeypatch):
-    """A function: what hub_answers finds at an address (the test run itself is offline)."""
-    monkeypatch.setattr(nb.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+def in_force(nb, monkeypatch, capsys):
+    """A function: (profile, source, what is printed) that set-up chooses on a GPU of so many gigabytes (0: a CPU)."""
 
-    def ask(address, **settings):
-        monkeypatch.setattr(nb.huggingface_hub.constants, "ENDPOINT", address)
-        return nb.hub_answers.__wrapped__(**settings)
+    def choose(gigabytes, PROFILE="auto", SOURCE="auto", hub=True, **changes):
+        def fetched(what, *more):
+            if not hub:
+                nb.refuse("", "nothing came for 8 s")
+                raise OSError("nothing came for 8 s")
+            return nb.Path(what)
 
-    return ask
+        cuda = {"DEVICE": torch.device("cuda")} if gigabytes else {}
+        card = type("Card", (), {"total_memory": gigabytes * 1e9})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+        (source,) = (source for cell, source in cells_tagged("setup") if cell == "in-force")
+        scope = nb.__dict__ | {"PROFILE": PROFILE, "SOURCE": SOURCE, "fetched": fetched} | cuda | changes
+        exec(source, scope)
+        return scope["PROFILE"], scope["SOURCE_IN_FORCE"], capsys.readouterr().out.splitlines()
 
-
-@pytest.fixture
-def server():
-    """A function: the address of a local server that answers every connection with these bytes (None: never)."""
-    listening, stop = socket.create_server(("127.0.0.1", 0)), threading.Event()
-
-    def accept(answer):
-        with contextlib.suppress(OSError):  # closed
-            while not stop.is_set():
-                connection, _ = listening.accept()
-                if answer is None:
-                    stop.wait(20)
-                connection.recv(4096)
-                connection.sendall(answer or b"")
-                connection.close()
-
-    def serve(answer):
-        threading.Thread(target=accept, args=(answer,), daemon=True).start()
-        return f"http://127.0.0.1:{listening.getsockname()[1]}"
-
-    yield serve
-    stop.set()
-    listening.close()
-
-
-OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"
+    return choose
 
 
 @pytest.mark.parametrize(
-    "answer", [b"HTTP/1.1 503 down\r\nContent-Length: 0\r\n\r\n", b"not HTTP at all\r\n\r\n"], ids=["503", "other"]
+    ("gigabytes", "hub", "expected"),
+    [
+        (0, True, ("quick", "bundled")),
+        (80, True, ("full", "hub")),
+        (80, False, ("full", "bundled")),
+        (16, True, ("quick", "hub")),
+        (16, False, ("full", "bundled")),
+        (8, True, ("quick", "hub")),
+        (8, False, ("full", "bundled")),
+    ],
 )
-def test_a_broken_hub_is_no_error(asking, server, answer, capfd):
-    assert asking(server(answer)) is False
-    assert capfd.readouterr().err == "", "a traceback would stand in the saved notebook's stderr"
+def test_auto_follows_the_card_and_the_hub(in_force, gigabytes, hub, expected):
+    *found, said = in_force(gigabytes, hub=hub)
+    assert tuple(found) == expected
+    assert said[-1] == "Profile {}, {} networks.".format(*expected)
+    assert [line for line in said[:-1] if "hub" in line.lower()] == said[:-1], "one sentence, where the hub was asked in vain"
+    assert len(said) == 1 + (gigabytes > 0 and not hub)
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "http://no.such.name.invalid", "without-a-scheme"])
-def test_no_hub_is_no_error(asking, address, capfd):
-    assert asking(address, timeout=5.0) is False
-    assert capfd.readouterr().err == ""
+@pytest.mark.parametrize("profile", ["smoke", "quick", "full"])
+@pytest.mark.parametrize("source", ["hub", "bundled"])
+def test_what_is_asked_for_on_a_gpu_is_done(in_force, profile, source):
+    assert in_force(8, profile, source, hub=False)[:2] == (profile, source)
 
 
-def test_a_hub_that_hangs_is_given_up(nb, asking, server):
-    assert asking(server(None), timeout=1.0) is False
-    assert 1 <= inspect.signature(nb.hub_answers).parameters["timeout"].default < 10
-
-
-def test_a_hub_that_answers(asking, server):
-    assert asking(server(OK)) is True
-
-
-def test_offline_is_not_asked(nb, monkeypatch):
-    monkeypatch.setattr(nb.subprocess, "run", raising(AssertionError("asked")))
-    assert nb.hub_answers.__wrapped__() is False
+def test_on_a_cpu_the_hub_costs_one_sentence_with_its_hours(nb, in_force):
+    assert in_force(0, "smoke", "hub")[:2] == ("smoke", "hub")
+    for profile, names in itertools.product(("quick", "full"), (("mnist",), tuple(nb.DATA))):
+        found, source, said = in_force(0, profile, "hub", DATASETS=names)
+        assert (found, source, len(said)) == (profile, "bundled", 2)
+        (hours,) = re.findall(r"about ([\d,]+) hours", said[0])
+        plans = {name: plan for name, plan in nb.PROFILES[profile]["hub"].items() if name in names}
+        work = sum(plan.N * (sum(plan.ddim) + sum(plan.ddpm)) * nb.DATA[name].gflop for name, plan in plans.items())
+        assert float(hours.replace(",", "")) == pytest.approx(work / 50 / os.cpu_count() / 3600, abs=1)
 
 
 def raising(error):
@@ -451,7 +452,7 @@ def test_the_difference_leaves_out_the_same_seeds_on_both_sides(nb, section, tin
     """Where both sides share what makes them scatter, the difference is known better than either distance."""
     shared = torch.randn(64, 6, generator=torch.Generator().manual_seed(3))
     less = nb.difference(section, tiny(), shared, shared + 0.02, "shifted")
-    alone = nb.jackknife(reference.distance, shared)
+    alone = nb.jackknife(reference.distances(shared))
     assert less.high - less.low < 0.2 * (alone["high"] - alone["low"])
 
 
@@ -628,11 +629,10 @@ COMMIT = "0123456789" * 4
 
 @pytest.fixture
 def from_hub(nb, fresh, monkeypatch):
-    """A function: the hub is in force (answering or not), and mnist's model is the given id."""
+    """A function: the hub is in force (though it cannot be asked, the tests are offline), and mnist's model is the given id."""
 
-    def point(model, answers):
+    def point(model):
         monkeypatch.setattr(nb, "SOURCE_IN_FORCE", "hub")
-        monkeypatch.setattr(nb, "hub_answers", lambda: answers)
         monkeypatch.setitem(nb.DATA, "mnist", nb.replace(nb.DATA["mnist"], model=str(model)))
 
     return point
@@ -653,9 +653,7 @@ def test_a_cached_hub_network_loads(nb, fresh, tiny, from_hub, flat, safe, capfd
         for file in (folder / part).iterdir():
             shutil.move(file, folder / file.name)
         (folder / part).rmdir()
-    (cache / "refs").mkdir()
-    (cache / "refs" / "main").write_text(COMMIT)
-    from_hub(model, answers=False)
+    from_hub(model)
     logging.getLogger("diffusers").addHandler(caplog.handler)
     capfd.readouterr()
     try:
@@ -672,24 +670,21 @@ def test_a_cached_hub_network_loads(nb, fresh, tiny, from_hub, flat, safe, capfd
 
 def test_a_local_folder_in_place_of_the_hubs_id_loads(nb, fresh, tiny, from_hub, tmp_path):
     DDPMPipeline(tiny(1, 32).unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
-    from_hub(tmp_path / "model", answers=True)
+    from_hub(tmp_path / "model")
     assert (fresh("mnist").source, fresh("mnist").sha256) == ("hub", nb.weights_sha256(tmp_path / "model"))
 
 
-def test_a_hub_without_the_network_falls_back_to_the_bundled(nb, fresh, from_hub, capsys):
-    from_hub("someone/missing", answers=False)
-    assert fresh("mnist").source == "bundled"
-    lines = capsys.readouterr().out.strip().splitlines()
-    assert len(lines) == 1
-    assert "someone/missing" in lines[0]
+def test_a_hub_that_cannot_be_asked_falls_back_to_the_bundled(nb, fresh, from_hub):
+    from_hub("someone/missing")
+    assert fresh("mnist").source == fresh("cifar10").source == "bundled"
+    assert nb.NOTICES == [f"The hub ({nb.huggingface_hub.constants.ENDPOINT}) cannot be used: HF_HUB_OFFLINE is set."], "once"
 
 
 # ------------------------------------------------------------------------------------------------- real images
 
 
-def picture(k, size=(28, 28), mode="L"):
-    draw = np.random.default_rng(k)
-    return Image.fromarray(draw.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).convert(mode)
+def picture(k):
+    return Image.fromarray(np.random.default_rng(k).integers(0, 256, (28, 28), dtype=np.uint8))
 
 
 def png(image):
@@ -728,52 +723,19 @@ def fill(folder, layout, pictures):
         pd.DataFrame(rows).to_parquet(folder / "mnist.parquet")
 
 
-def test_a_parquet_files_own_test_split_is_held_out(nb, data_dir):
-    rows = [{"image": {"bytes": png(picture(k)), "path": None}, "split": "test" if k % 3 == 0 else "train"} for k in range(9)]
-    pd.DataFrame(rows).to_parquet(data_dir / "mnist.parquet")
-    training, heldout = nb.real_images("mnist")
-    assert (len(training), len(heldout)) == (6, 3)
-    assert heldout[1].numpy().tobytes() == np.asarray(picture(3)).tobytes()
-
-
-@pytest.mark.parametrize(("size", "mode"), [((56, 28), "L"), ((30, 90), "RGB"), ((100, 100), "RGBA"), ((7, 7), "1")])
-def test_images_of_any_shape_and_mode_are_prepared(nb, size, mode):
-    prepared = nb.prepare({"bytes": png(picture(0, size, mode)), "path": None}, nb.DATA["mnist"])
-    assert (prepared.shape, prepared.dtype) == ((1, 28, 28), torch.uint8)
-    colour = nb.prepare({"bytes": png(picture(0, size, mode)), "path": None}, nb.DATA["cifar10"])
-    assert colour.shape == (3, 32, 32)
-
-
-def test_a_photograph_taken_upright_is_shown_upright(nb):
-    """Cameras store what they saw and a note which way is up (EXIF orientation)."""
-    lying = np.zeros((32, 32, 3), np.uint8)
-    lying[:, :8] = 255  # the left edge as stored
-    exif, buffer = Image.Exif(), io.BytesIO()
-    exif[0x0112] = 6  # to be turned by 90 degrees to the right
-    Image.fromarray(lying).save(buffer, "PNG", exif=exif)
-    got = nb.prepare({"bytes": buffer.getvalue(), "path": None}, nb.DATA["cifar10"])
-    assert got[0, :8].min() == 255, "the top edge as it was seen"
-    assert got[0, 8:].max() == 0
-
-
-def test_images_are_cropped_at_the_centre(nb):
-    """Black, white, black thirds: what is left of the middle square is white; channels come first."""
-    wide = np.zeros((28, 84, 3), np.uint8)
-    wide[:, 28:56] = (255, 100, 0)
-    got = nb.prepare({"bytes": png(Image.fromarray(wide)), "path": None}, nb.replace(nb.DATA["cifar10"], size=28))
-    assert [got[c].unique().tolist() for c in range(3)] == [[255], [100], [0]]
-
-
 @pytest.mark.parametrize("layout", ["folder", "parquet"])
 def test_own_images_are_read_and_split_and_become_the_reference(nb, data_dir, layout):
     pictures = [picture(k) for k in range(20)]
     fill(data_dir, layout, pictures)
-    training, heldout = nb.real_images("mnist")
+    place = nb.real_place("mnist")
+    assert place == data_dir / ("mnist" if layout == "folder" else "mnist.parquet")
+    found = nb.real_images(place, "mnist")
+    training, heldout = found["train"], found["test"]
+    assert nb.NOTICES[-1] == "mnist: 20 pictures read, 4 held out as the reference."
     assert (training.shape, heldout.shape) == ((16, 1, 28, 28), (4, 1, 28, 28)), "a fifth is held out"
     assert training.dtype == heldout.dtype == torch.uint8
     got = sorted(image.numpy().tobytes() for image in torch.cat([training, heldout]))
     assert got == sorted(np.asarray(image).tobytes() for image in pictures), "all, and none in both parts"
-    assert all(torch.equal(*pair) for pair in zip(nb.real_images("mnist"), (training, heldout), strict=True))
     reference = nb.load_reference("mnist", "bundled")
     assert (int(reference.n_real), len(reference.heldout), reference.metric) == (16, 4, "FD-EffNet")
 
@@ -791,16 +753,12 @@ def test_own_statistics_are_computed_once(nb, run, data_dir, monkeypatch):
     assert (again.metric, int(again.n_real)) == ("FD-EffNet", 16)
 
 
-def test_a_hub_data_set_that_is_gone_costs_the_distance_not_the_run(nb, monkeypatch, capsys):
+def test_a_hub_data_set_that_is_gone_costs_the_distance_not_the_run(nb, monkeypatch):
     nb.load_reference.cache_clear()
-    monkeypatch.setattr(nb, "real_source", lambda name: {"path": "no/such", "streaming": True})
-
-    def gone(name, most):
-        raise FileNotFoundError(f"{name}: no images could be read from no/such.")
-
-    monkeypatch.setattr(nb, "real_images", gone)
+    monkeypatch.setattr(nb, "SOURCE_IN_FORCE", "hub")
+    monkeypatch.setattr(nb, "fetched", raising(OSError("it is not there")))
     assert nb.load_reference("mnist", "hub") is None
-    assert capsys.readouterr().out.count("\n") == 1
+    assert nb.load_reference("mnist", "bundled") is not None
     nb.load_reference.cache_clear()
 
 
@@ -813,17 +771,11 @@ def test_without_own_images_a_bundled_network_keeps_its_own_reference(nb, monkey
     assert nb.load_reference("mnist", "hub") is None, "the reference follows the model: no distance rather than a wrong one"
 
 
-def folder_of(files, folder):
-    (folder / "mnist").mkdir()
-    for name, text in files.items():
-        (folder / "mnist" / name).write_text(text)
-
-
 NO_IMAGES = {
     "nothing": lambda folder: None,
-    "empty folder": lambda folder: folder_of({}, folder),
-    "text": lambda folder: folder_of({"notes.txt": "no image"}, folder),
-    "empty parquet": lambda folder: pd.DataFrame({"image": []}).to_parquet(folder / "mnist.parquet"),
+    "another data set": lambda folder: (folder / "cats").mkdir(),
+    "empty folder": lambda folder: (folder / "mnist").mkdir(),
+    "few": lambda folder: fill(folder, "folder", [picture(k) for k in range(5)]),
     "numbers": lambda folder: pd.DataFrame({"number": [1, 2, 3]}).to_parquet(folder / "mnist.parquet"),
     "no parquet": lambda folder: (folder / "mnist.parquet").write_text("no parquet"),
 }
@@ -833,61 +785,72 @@ NO_IMAGES = {
 def test_a_data_dir_without_images_stops(nb, data_dir, make):
     """Not the bundled statistics in silence: the user named a folder to be scored against."""
     make(data_dir)
-    for load in (lambda: nb.real_images("mnist"), lambda: nb.load_reference("mnist", "bundled")):
-        with pytest.raises((FileNotFoundError, ValueError)) as error:
-            load()
-        assert "mnist" in one_sentence(error)
+    with pytest.raises((FileNotFoundError, ValueError), match=re.escape(str(data_dir))) as error:
+        nb.load_reference("mnist", "bundled")
+    assert "mnist" in one_sentence(error)
 
 
-HARMS = {
-    "garbage": lambda data: b"not an image",
-    "truncated": lambda data: data[: len(data) // 2],
-    "empty": lambda data: b"",
-    "corrupted": lambda data: data[:60] + bytes(b ^ 0x55 for b in data[60:120]) + data[120:],
-}
+def test_pictures_of_another_data_set_leave_the_bundled_reference(nb, data_dir):
+    (data_dir / "cifar10").mkdir()
+    assert nb.real_place("mnist") is None
+    assert nb.load_reference("mnist", "bundled").n_real > 1000
 
 
-@pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS)
-@pytest.mark.parametrize("layout", ["folder", "parquet"])
-def test_an_unreadable_image_is_named(nb, data_dir, layout, harm):
-    """By its file; or, within a parquet file, by the file and something that finds the row."""
-    pictures = [picture(k) for k in range(6)]
-    broken = harm(png(pictures[4]))
-    if layout == "folder":
-        fill(data_dir, "folder", pictures)
-        (data_dir / "mnist" / "004.png").write_bytes(broken)
-    else:
-        rows = [{"image": {"bytes": broken if k == 4 else png(p), "path": None}} for k, p in enumerate(pictures)]
-        pd.DataFrame(rows).to_parquet(data_dir / "mnist.parquet")
-    with pytest.raises(ValueError, match="not a readable image") as error:
-        nb.real_images("mnist")
-    message = one_sentence(error).replace(str(data_dir), "")
-    if layout == "folder":
-        assert "004.png" in message
-    else:
-        assert "mnist.parquet" in message
-        assert re.search(r"\b[45]\b", message), "the row, counted from 0 or 1"
+def test_what_was_left_out_is_said(nb, data_dir):
+    fill(data_dir, "folder", [picture(k) for k in range(10)])
+    (data_dir / "mnist/004.png").write_text("no picture")
+    assert len(nb.real_images(nb.real_place("mnist"), "mnist")["train"]) == 7
+    said = "mnist: 9 pictures read, 1 left out: 004.png (no format that Pillow reads); 2 held out as the reference."
+    assert nb.NOTICES[-1] == said
 
 
 # ------------------------------------------------------------------------------------------- memory, precision
 
 
-def test_out_of_memory_halves_the_batch_and_gives_the_same_images(nb, tiny, monkeypatch):
-    checkpoint, whole, fits = tiny(), nb.trajectory, 3
+@pytest.fixture(autouse=True)
+def _all_memory(nb):
+    nb.FITS.clear()
+    yield
+    nb.FITS.clear()
+
+
+def test_out_of_memory_in_sampling_halves_the_batch_for_good_and_gives_the_same_images(nb, tiny, monkeypatch):
+    checkpoint = tiny()
     expected = nb.sample_images(checkpoint, range(10), 3)
-
-    def short_of_memory(checkpoint, seeds, *arguments, **settings):
-        if len(seeds) > fits:
-            raise torch.OutOfMemoryError("as a GPU would")
-        return whole(checkpoint, seeds, *arguments, **settings)
-
     monkeypatch.setattr(nb, "batch_of", lambda checkpoint: 8)
-    monkeypatch.setattr(nb, "trajectory", short_of_memory)
+    card = Card(monkeypatch, checkpoint.unet, "forward", fits=3)
     images = nb.sample_images(checkpoint, range(10), 3)
     assert (images.int() - expected.int()).abs().max() <= 1
-    fits = 0
+    assert card.sizes[:4] == [8, 4, 2, 2], "halved until it fits"
+    assert max(card.sizes[2:]) == 2, "and remembered"
+    card.sizes.clear()
+    nb.sample_images(checkpoint, range(4), 1)
+    assert card.sizes == [2, 2]
+    card.fits = 0
     with pytest.raises(torch.OutOfMemoryError):
         nb.sample_images(checkpoint, range(3), 2)
+
+
+def test_out_of_memory_in_inversion_and_timing_is_survived(nb, tiny, monkeypatch):
+    checkpoint = tiny()
+    x = nb.image_noise(range(5), checkpoint.shape)
+    with torch.inference_mode():
+        expected = nb.last_state(nb.invert(checkpoint, x, checkpoint.alpha_bar, [500, 0])).x
+        card = Card(monkeypatch, checkpoint.unet, "forward", fits=1)
+        found = nb.last_state(nb.invert(checkpoint, x, checkpoint.alpha_bar, [500, 0])).x
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    nb.FITS.clear()
+    assert nb.seconds_per_evaluation.__wrapped__(checkpoint) > 0
+    assert card.sizes[-4:] == [1] * 4
+
+
+def test_out_of_memory_in_features_gives_the_same_features(nb, monkeypatch):
+    images = torch.stack([torch.from_numpy(np.array(picture(k)))[None] for k in range(6)])
+    expected = nb.image_features(images)
+    card = Card(monkeypatch, nb.feature_network("FD-EffNet").conv_stem, "forward", fits=2)
+    torch.testing.assert_close(nb.image_features(images), expected, rtol=1e-3, atol=1e-4)
+    assert nb.FITS["FD-EffNet"] in (1, 2)
+    assert max(card.sizes[2:]) <= 2
 
 
 def test_sampling_holds_one_state_at_a_time(nb, tiny, monkeypatch):
@@ -907,13 +870,43 @@ def test_sampling_holds_one_state_at_a_time(nb, tiny, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("has", "width", "patch", "expected"),
-    [(True, 32, 1, "bfloat16"), (True, 32, 4, "bfloat16"), (True, 16, 1, "float32"), (False, 32, 1, "float32")],
+    ("half", "width", "patch", "expected"),
+    [("bfloat16", 32, 1, "bfloat16"), ("float16", 32, 4, "float16"), ("bfloat16", 16, 1, "float32"), (None, 32, 1, "float32")],
 )
-def test_precision_follows_device_and_width(nb, copied, fresh, monkeypatch, has, width, patch, expected):
-    monkeypatch.setattr(nb, "HAS_BF16", has)
+def test_precision_follows_device_and_width(nb, copied, fresh, monkeypatch, half, width, patch, expected):
+    monkeypatch.setattr(nb, "HALF", half and getattr(torch, half))
     shape = {"sample_size": 28 // patch, "in_channels": patch**2, "out_channels": patch**2}
     unet = unconditional(block_out_channels=(width, width), **shape)
     DDPMPipeline(unet, DDPMScheduler(prediction_type="sample")).save_pretrained(copied)
     card(copied)
     assert str(fresh("mnist").dtype) == f"torch.{expected}"
+
+
+@pytest.mark.parametrize(
+    ("bf16", "capability", "expected"), [(True, (9, 0), "bfloat16"), (False, (7, 5), "float16"), (False, (6, 1), None)], ids=str
+)
+def test_the_half_precision_of_a_card_is_what_it_multiplies_fast(monkeypatch, bf16, capability, expected):
+    """H100, T4 (which has no bfloat16 and must not fall to float32), and a card before Volta."""
+    module = set_up("checked", last="checks")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    process = type("One", (), {"is_main_process": True, "device": torch.device("cuda")})
+    module.PartialState = lambda cpu: process
+    (source,) = (source for cell, source in cells_tagged("setup") if cell == "environment")
+    exec(source, module.__dict__)
+    assert module.HALF == (expected and getattr(torch, expected))
+    assert torch.backends.cudnn.allow_tf32 is False, "what is called float32 is float32"
+
+
+def test_float16_that_overflows_is_computed_again_in_float32(nb, tiny):
+    half, whole = tiny(dtype=torch.float16), tiny()
+    x = nb.image_noise(range(2), half.shape)
+    with torch.inference_mode():
+        torch.testing.assert_close(half(x, 500), whole(x, 500), rtol=0.1, atol=0.05)
+        assert not torch.equal(half(x, 500), whole(x, 500)), "it is another precision"
+        for parameter in (*half.unet.conv_in.parameters(), *whole.unet.conv_in.parameters()):
+            parameter.mul_(1e6)  # beyond float16's 65,504
+        torch.testing.assert_close(half(x, 500), whole(x, 500))
+        assert half(x, 500).isfinite().all()

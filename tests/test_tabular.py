@@ -11,7 +11,7 @@ from conftest import cells_tagged, execute, set_up
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-DEFINITIONS = ("begin", "infer", "read", "encoder", "model", "noise", "loss", "train", "sample")
+DEFINITIONS = ("begin", "encoder", "model", "noise", "loss", "train", "sample")
 DEFINITIONS += ("yardsticks", "similarity", "metrics")
 
 
@@ -38,88 +38,36 @@ def small_table(rows=400, seed=0):
     return pd.DataFrame(frame | {"d": pd.Categorical(np.where(a > 0, "up", "down"))})
 
 
-# ---------------------------------------------------------------- reading
-
-
-def test_types_are_inferred_and_each_left_out_column_is_explained(tab):
-    n = 300
-    raw = pd.DataFrame({
-        "whole": range(n), "real": np.linspace(0, 1, n), "few": [1, 2, 3] * 100, "flag": [True, False] * 150,
-        "constant": 7, "text": ["x", None, "z"] * 100, "blob": [f"free text {k}" for k in range(n)],
-        "day": pd.date_range("2024-01-01", periods=n).astype(str), "empty": np.nan,
-    })  # fmt: skip
-    table, notes = tab.infer_types(raw)
-    assert set(notes) == set(raw)
-    assert [c for c in table if table[c].dtype != "category"] == ["whole", "real"]
-    assert set(table) == {"whole", "real", "few", "flag", "constant", "text"}
-    assert list(table["few"].cat.categories) == [1, 2, 3]
-    assert "(missing)" in table["text"].cat.categories
-    assert all("left out" in notes[c] for c in ("blob", "day", "empty"))
-    assert "300 different" in notes["blob"]
-    assert "100% missing" in notes["empty"]
-
-
-def test_missing_and_infinite_numbers_cost_their_rows_and_are_counted(tab):
-    raw = pd.DataFrame({"a": [np.inf, np.nan, -np.inf, *list(range(297))], "b": range(300)})
-    table, notes = tab.infer_types(raw)
-    assert len(table) == 297
-    assert np.isfinite(table["a"]).all()
-    assert "1.0% missing" in notes["a"]
-
-
-BAD = {
-    "no rows": ("a,b\n", "0 rows"),
-    "nothing": ("", "not a readable CSV"),
-    "one column": ("a\n" + "\n".join(map(str, range(300))), "1 columns"),
-    "duplicate": ("a,a\n" + "1,2\n" * 300, "two columns named 'a'"),
-    "ragged": ("a,b\n1,2\n1,2,3,4\n", "not a readable CSV"),
-    "only blobs": ("a,b\n" + "\n".join(f"text {k},note {k}" for k in range(300)), "a: left out"),
-    "too few": ("a,b\n" + "1,2\n" * 20, "20 rows"),
-    "10,000 categories": ("a,b\n" + "\n".join(f"id{k},{k}" for k in range(10_000)), "10000 different values"),
-}
-
-
-@pytest.mark.parametrize(("content", "says"), BAD.values(), ids=BAD)
-def test_a_csv_that_cannot_be_learned_is_refused_with_a_sentence(tab, tmp_path, content, says):
-    path = tmp_path / "bad.csv"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=r"^TABLE: .*\.$") as error:
-        tab.read_table(path)
-    assert says in str(error.value)
-
-
-def test_bytes_that_are_no_text_are_refused(tab, tmp_path):
-    (tmp_path / "bad.csv").write_bytes(bytes(range(128, 256)) * 20)
-    with pytest.raises(ValueError, match="not a readable CSV"):
-        tab.read_table(tmp_path / "bad.csv")
-
-
 # ---------------------------------------------------------------- encoder
 
 CELLS = st.tuples(
-    st.integers(-(10**6), 10**6),
+    st.integers(-(2**53), 2**53),
     st.decimals(-1000, 1000, places=2).map(float),
-    st.floats(-1e6, 1e6, allow_subnormal=False),
+    st.floats(-1e300, 1e300),
+    st.sampled_from([0, 0, 0, 1, 99_999]),  # ties and gaps
     st.sampled_from(["red", "green", "blue", "(missing)"]),
 )
 
 
 @given(st.lists(CELLS, min_size=3, max_size=60), st.integers(0, 2**32 - 1))
 def test_rows_survive_encoding_and_decoding(tab, cells, seed):
-    """Categories exactly; numbers to float32's accuracy (the vectors'), against the column's range."""
-    frame = pd.DataFrame(cells, columns=["whole", "cents", "real", "colour"]).astype({"colour": "category"})
+    """Every number of a training row exactly, though the vectors are float32."""
+    frame = pd.DataFrame(cells, columns=["whole", "cents", "real", "gain", "colour"]).astype({"colour": "category"})
     encoder = tab.TableEncoder(frame)
     x = encoder.encode(frame, seed)
-    back = encoder.decode(x)
     assert x.shape == (len(frame), sum(encoder.sizes))
     assert torch.isfinite(x).all()
-    assert (back["colour"].to_numpy() == frame["colour"].to_numpy()).all()
-    for c in ("whole", "cents", "real"):
-        span = np.ptp(frame[c].to_numpy(float)) + 1
-        assert back[c].dtype == frame[c].dtype
-        assert np.abs(back[c].to_numpy(float) - frame[c].to_numpy(float)).max() <= 1e-5 * span + 1.01 * (
-            c == "whole" and span > 1e4
-        )
+    back = encoder.decode(x)
+    assert (back.dtypes == frame.dtypes).all()
+    assert all((back[c].to_numpy() == frame[c].to_numpy()).all() for c in frame)
+
+
+def test_fifty_thousand_rows_survive_too(tab):
+    rng = np.random.default_rng(0)
+    gain = np.where(rng.random(50_000) < 0.9, 0, rng.integers(0, 99_999, 50_000))
+    frame = pd.DataFrame({"gain": gain, "real": rng.normal(size=50_000), "tiny": 1e-12 * rng.normal(size=50_000)})
+    encoder = tab.TableEncoder(frame)
+    assert encoder.decode(encoder.encode(frame, 1)).equals(frame)
 
 
 def violations(synthetic, train):

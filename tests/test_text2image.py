@@ -23,6 +23,7 @@ from diffusers import (
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from PIL import Image
 from safetensors.torch import load_file
+from shared import Card
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 DEFINITIONS = ("model", "load", "begin", "draw", "score", "answer", "gallery")
@@ -232,9 +233,27 @@ def test_a_half_downloaded_folder_is_named(text, pipelines, tmp_path, fault, cap
     pipelines["sd"].save_pretrained(tmp_path / "model")
     BREAKS[fault](tmp_path / "model")
     assert text.text_model(str(tmp_path / "model"), "hub") is None
+    text.announce()
     line = capsys.readouterr().out
     assert line.count("\n") == 1
     assert "not at hand, or not whole" in line
+    assert text.text_model(str(tmp_path / "model"), "hub") is None
+    text.announce()
+    assert capsys.readouterr().out == "", "once"
+
+
+@pytest.mark.parametrize("owner", ["unet", "vae"])
+def test_out_of_memory_halves_the_batch_and_gives_the_same_pictures(text, model, monkeypatch, owner):
+    prompts, seeds = ["red", "a cat", "", "blue", "a house"], range(5)
+    expected = text.paint(model, prompts, seeds)
+    part, name = (model.pipe.unet, "forward") if owner == "unet" else (model.vae, "decode")
+    card = Card(monkeypatch, part, name, fits=2)
+    found = text.paint(model, prompts, seeds)
+    text.FITS.clear()
+    assert (found.int() - expected.int()).abs().max() <= 1
+    first = {"unet": 5, "vae": 4}[owner]
+    assert card.sizes[:2] == [first, 2], "halved"
+    assert max(card.sizes[1:]) == 2, "and remembered"
 
 
 def test_prompts_that_begin_alike_keep_rows_of_their_own(text, model, tmp_path, monkeypatch):

@@ -85,7 +85,7 @@ def distances(nb: Any, section: Any, model: Any, reference: Any, N: int) -> list
             (reference.metric, reference.distance, int(reference.n_real)),
             ("KD-EffNet", lambda f: nb.kernel_distance(f, reference.heldout), len(reference.heldout)),
         ):
-            rows.append(section.add(metric, **nb.jackknife(of, features), n_real=n_real, **about))
+            rows.append(section.add(metric, **nb.jackknife(nb.left_out(of, features)), n_real=n_real, **about))
         floor = f"{floors[N]:.1f}" if N in floors else "too few held out"
         lines.append({"sampler": f"{method}, {steps} steps", "N": str(N), reference.metric: f"{rows[0]:.1f}", "floor": floor})
         lines[-1]["KD-EffNet"] = f"{rows[1]:.2f}"
