@@ -248,6 +248,20 @@ def test_utility_is_high_for_real_rows_and_lost_without_relations(tab):
         assert tab.utility(tab.marginals(train, 1000, 0), test, target) < 0.7
 
 
+@pytest.mark.parametrize("levels", [2, 60])
+def test_utility_of_rare_and_of_many_classes_is_a_score(tab, levels):
+    """One row in a class, a class that no synthetic row has, sixty classes; and a single class."""
+    rng = np.random.default_rng(0)
+    label = pd.Categorical(
+        [f"k{k}" for k in np.minimum(rng.integers(0, levels, 300), levels - 1)], [f"k{k}" for k in range(levels + 1)]
+    )
+    rows = pd.DataFrame({"word": pd.Categorical(np.where(label.codes % 2, "odd", "even")), "label": label})
+    rows.loc[0, "label"] = f"k{levels}"
+    assert tab.utility(rows, rows, "label") > (0.98 if levels == 2 else 1 / levels)
+    alone = rows.assign(label=pd.Categorical(["k1"] * 300, label.categories))
+    assert tab.utility(alone, rows, "label") == pytest.approx((rows["label"] == "k1").mean())
+
+
 def test_copies_are_seen_as_copies(tab):
     train, test, fresh = (small_table(seed=seed) for seed in range(3))
     encoder = tab.TableEncoder(train)
