@@ -21,24 +21,8 @@ import numpy as np
 import pandas as pd
 
 ROWS, LEVELS, FEW = 200, 100, 10  # rows at least, levels of a category at most, different values of a number more than
-MISSING = {
-    "",
-    "?",
-    "-",
-    "--",
-    "—",
-    ".",
-    "(missing)",
-    "<NA>",
-    "NaN",
-    "NaT",
-    "None",
-    "Null",
-    "Missing",
-    "#DIV/0!",
-    "#VALUE!",
-    "#REF!",
-}
+MISSING = {"", "?", "-", "--", "—", ".", "(missing)", "<NA>", "NaN", "NaT", "None", "Null", "Missing"}
+MISSING |= {"#DIV/0!", "#VALUE!", "#REF!"}
 MISSING |= {f(word) for word in ("na", "n/a", "#n/a", "#nv", "nan", "null", "none", "missing") for f in (str.lower, str.upper)}
 TOTALS = {"total", "totals", "grand total", "sum", "sums", "summe", "gesamt", "insgesamt"}
 DATE = re.compile(r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}([T ].*)?|\d{1,2}:\d{2}(:\d{2}([.,]\d+)?)?( ?[AaPp][Mm])?")
