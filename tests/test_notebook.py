@@ -171,7 +171,7 @@ def test_committed_notebook_is_one_clean_run(committed):
 
 def test_committed_figures_have_alternative_text_and_files(committed):
     shown = figures_of(committed)
-    assert len(shown) >= 25
+    assert len(shown) >= 24
     assert len(list((ROOT / "outputs/figures").glob("*.png"))) >= len(shown) - 1
 
 
