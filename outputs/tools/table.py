@@ -2,9 +2,9 @@
 
     python outputs/tools/table.py FILE [TARGET]
 
-On stdout: a pickled (frame, notes, target). frame holds numbers (int64, float64) and categories, nothing missing; notes maps each
-column to what became of it, in words; target is the column to be predicted. What cannot be learned is refused in a sentence on
-stderr, with exit status 1.
+On stdout: a parquet file of the frame, with notes and target in its attributes. The frame holds numbers (int64, float64) and
+categories, nothing missing; notes maps each column to what became of it, in words; target is the column to be predicted. What
+cannot be learned is refused in a sentence on stderr, with exit status 1.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import csv
 import io
 import itertools
 import math
-import pickle
 import re
 import sys
 from pathlib import Path
@@ -266,7 +265,9 @@ def main() -> None:
         found = read(Path(sys.argv[1]), *sys.argv[2:3])
     except (ValueError, csv.Error) as error:
         sys.exit(f"TABLE: {sys.argv[1]} cannot be used: {' '.join(str(error).split())}.")  # one line, whatever the names hold
-    sys.stdout.buffer.write(pickle.dumps(found))
+    frame, notes, target = found
+    frame.attrs = {"notes": notes, "target": target}
+    sys.stdout.buffer.write(frame.to_parquet())
 
 
 if __name__ == "__main__":
