@@ -392,6 +392,17 @@ def test_the_calmer_half_is_kept_on_either_side_of_the_split(tmp_path):
         assert torch.equal(kept, all_of_it[all_of_it.float().flatten(1).std(1) < 20]), "calm ones, on the side where they were"
 
 
+def test_pictures_on_a_white_ground_are_told_by_their_rim(tmp_path):
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    for k in range(60):  # rims of 239 and 240 in turns
+        Image.fromarray(np.pad(np.full((26, 26), k, np.uint8), 1, constant_values=239 + k % 2)).save(folder / f"{k:02d}.png")
+    whole, white = (train.training_images("mnist", tmp_path, replace(train.RECIPES["mnist"], white=w)) for w in (0, 240))
+    assert [len(part) for part in whole] == [48, 12]
+    for kept, all_of_it in zip(white, whole, strict=True):
+        assert torch.equal(kept, all_of_it[all_of_it[:, 0, 0, 0] == 240]), "white ones, on the side where they were"
+
+
 def test_rows_are_kept_and_held_out_as_the_recipe_says(tmp_path):
     rows = [{"image": png(64, 3, k), "caption": f"thing {k // 2}" if k % 2 else f"person {k // 4}"} for k in range(180)]
     pd.DataFrame(rows).to_parquet(tmp_path / "emoji.parquet")

@@ -61,6 +61,7 @@ class Recipe:
     flip: bool = True  # random horizontal flips
     keep: dict[str, tuple[str, ...]] = field(default_factory=dict)  # column: words, one of which is in the rows to train on
     calm: float = 1.0  # share of the images that is used: those whose neighbouring pixels differ least
+    white: int = 0  # least median (of 255) of the outermost pixels: 240 leaves what stands on a white ground
 
 
 RECIPES = {  # the bundled networks are older than these, or began from older weights: see their cards
@@ -68,8 +69,8 @@ RECIPES = {  # the bundled networks are older than these, or began from older we
     "cifar10": Recipe("the training split of CIFAR-10 (JPEG)", 32, 3, (96, 160), 600_000),
     "emoji": Recipe("emoji drawings of faces and people", 64, 3, (64, 96, 128), 300_000, predicts="v_prediction", batch=8,
                     keep={"caption": ("face", "person", "woman", "man")}),
-    "butterflies": Recipe("butterflies on a plain background", 128, 3, (32, 64, 128, 128), 200_000, batch=8, attention=2,
-                          predicts="v_prediction", keep={"background": ("plain",)}),
+    "butterflies": Recipe("butterflies on a white ground", 128, 3, (96, 128, 128), 200_000, unshuffle=4, attention=1,
+                          keep={"background": ("plain",)}, white=240),
     "landscapes": Recipe("the calmer half of photographs of landscapes", 256, 3, (96, 128, 128), 200_000, unshuffle=8, calm=0.5),
 }
 # fmt: on
@@ -129,8 +130,9 @@ def training_images(name: str, folder: Path, recipe: Recipe) -> tuple[Tensor, Te
     chosen = {apart[k] for k in order[: min(512, len(apart) // 5)]}
     held = [split == "test" for split in columns["split"]] if "split" in columns else [of in chosen for of in shown]
     detail = torch.tensor([float(sum(x.float().diff(dim=d).abs().mean() for d in (1, 2))) for x in images])
-    calm, held = detail <= detail.quantile(recipe.calm), torch.tensor(held)
-    return images[calm & ~held], images[calm & held]
+    rim = torch.cat([images[..., [0, -1], :].flatten(1), images[..., [0, -1]].flatten(1)], 1).median(1).values
+    used, held = (detail <= detail.quantile(recipe.calm)) & (rim >= recipe.white), torch.tensor(held)
+    return images[used & ~held], images[used & held]
 
 
 # ----------------------------------------------------------------------------------------------------- networks and loss
