@@ -292,10 +292,12 @@ def test_top1_is_the_share_with_wilsons_interval(text):
     assert (row.low, row.high) == pytest.approx((0.1333669, 0.2888292), abs=1e-6)  # by hand from Wilson's formula
 
 
-def test_a_verdict_needs_intervals_apart(text, monkeypatch):
-    rows = {"a": text.Row(low=0.1, high=0.3), "b": text.Row(low=0.2, high=0.4), "c": text.Row(low=0.5, high=0.6)}
+def test_a_verdict_is_newcombes_interval_of_the_difference(text, monkeypatch):
+    """56 of 70 against 48 of 80: from 0.052 to 0.334 (Newcombe 1998, table II), though the two intervals overlap."""
+    rows = {k: text.add_top1(torch.arange(n) < right, detail=k) for k, right, n in (("a", 56, 70), ("b", 48, 80), ("c", 56, 80))}
+    assert rows["a"].low < rows["b"].high
     monkeypatch.setattr(text, "E5_TOP1", rows)
-    assert [text.above(*pair) for pair in ("ab", "ac", "ca")] == ["Undecided", "No", "Yes"]
+    assert [text.above(*pair) for pair in ("ab", "ba", "ac", "cb")] == ["Yes", "No", "Undecided", "Undecided"]
 
 
 @pytest.mark.skipif(not BUNDLED.exists(), reason="no text2image checkpoint is bundled")
