@@ -279,9 +279,26 @@ def test_the_prose_of_exercise_1_and_of_stability_follows_the_record(record):
     assert (errors["landscapes"] / errors["butterflies"]).between(0.85, 1.15).all(), "and 256 px lies close to 128 px"
     ends = record[(record["metric"] == "FD-pixels") & record["detail"].str.contains("training step 600; ")]
     ends = ends.assign(weights=ends["detail"].str.split().str[0]).pivot(index="method", columns="weights", values="value")
+    early = record[(record["metric"] == "FD-pixels") & (record["detail"] == "EMA weights, training step 60; 3 seeds")]
+    early = early.set_index("method")
+    assert early["low"]["DDIM"] > early["high"]["DDPM"], "a tenth of the way DDIM is further from the real digits"
     gain = ends["EMA"] / ends["raw"]
     assert (gain < 0.7).all()
     assert abs(gain["DDIM"] - gain["DDPM"]) < 0.1, "averaging helps both samplers about alike"
+
+
+def test_the_prose_of_exercise_4_follows_the_record(record):
+    e4 = record[record["run"].str.startswith("exercise-4/")].pivot(index="metric", columns="method")
+    low, high, value = (e4[column].astype(float) for column in ("low", "high", "value"))
+    assert (value["DDPM"] - value["DDIM"]).abs().max() < 0.01, "no score tells DDPM from DDIM"
+    assert ((low["DDPM"] < high["DDIM"]) & (low["DDIM"] < high["DDPM"])).all()
+    told = "c2st_auc_boosted"
+    assert value["real"][told] < 0.53 < low["DDPM"][told], "boosting tells drawn rows, and fresh real ones not"
+    assert high["SMOTE"][told] < low["DDPM"][told]
+    assert low["SMOTE"]["tstr_r2"] > high["DDPM"]["tstr_r2"]
+    assert low["SMOTE"]["dcr_share"] > 0.55 > high["DDPM"]["dcr_share"]
+    assert value["marginals"]["column_shapes"] > 0.98
+    assert low["marginals"]["tstr_r2"] < 0 < high["marginals"]["tstr_r2"]
 
 
 def test_the_record_lies_above_its_floor_and_below_its_controls():
