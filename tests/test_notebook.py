@@ -265,8 +265,9 @@ def test_the_prose_of_exercise_1_and_of_stability_follows_the_record(record):
     assert first.equals(values["KD-EffNet"]["DDPM"] < values["KD-EffNet"]["DDIM"]), "both distances give one order"
     gap = e1[e1["metric"] == "FD-EffNet difference"].set_index("dataset")
     sampler, steps = (gap[gap["detail"].str.contains(end)] for end in ("minus DDIM", "minus DDPM"))
-    assert (sampler["high"].drop("cifar10") < 0).all(), "DDPM is closer on every data set but CIFAR-10"
-    assert sampler["low"]["cifar10"] < 0 < sampler["high"]["cifar10"]
+    closer = sampler["high"] < 0
+    assert set(closer[closer].index) == {"mnist", "emoji", "landscapes"}, "there DDPM is closer"
+    assert (sampler["low"] < 0).all(), "and on the other two it is undecided"
     assert (steps["high"] > 0).all(), "many more steps bring it no closer that could be shown"
     assert steps["low"]["mnist"] > 0, "and on MNIST further away"
     copies = e1[(e1["metric"] == "closer_than_real") & (e1["method"] != "real")]
@@ -274,9 +275,16 @@ def test_the_prose_of_exercise_1_and_of_stability_follows_the_record(record):
     assert (copies["value"] == 0).all(), "no generated image lies close to a training image"
     errors = e1[e1["metric"] == "paired_rms"].pivot(index="steps", columns="dataset", values="value")
     assert ((errors.loc["5"] / errors.loc["50"]).between(5, 20)).all(), "the error falls about as 1/S"
-    sizes = errors[["mnist", "cifar10", "emoji", "butterflies"]]
-    assert sizes.apply(lambda row: row.is_monotonic_increasing, axis=1).all(), "the lines rise with the size up to 128 px"
-    assert (errors["landscapes"] / errors["butterflies"]).between(0.85, 1.15).all(), "and 256 px lies close to 128 px"
+    assert (errors.loc["20"] / errors.loc["50"] > 2.5 * 1.2).all(), "and faster at the end"
+    at_5 = e1[(e1["metric"] == "paired_rms") & (e1["steps"] == "5")].set_index("dataset")
+    small = at_5.index.isin(["mnist", "cifar10"])
+    assert at_5["high"][small].max() < at_5["low"][~small].min(), "28 and 32 px lie below the other three"
+    seconds = e1[(e1["metric"] == "seconds_per_image") & (e1["steps"] == "50")].pivot(
+        index="dataset", columns="method", values="value"
+    )
+    dearer = seconds["DDPM"] / seconds["DDIM"]
+    assert (dearer[["mnist", "cifar10", "emoji"]] < 1.1).all(), "the fresh noise is hardly noticed up to 64 px"
+    assert 1.3 < dearer["landscapes"] < 1.6, "almost half as long again at 256 px"
     ends = record[(record["metric"] == "FD-pixels") & record["detail"].str.contains("training step 600; ")]
     ends = ends.assign(weights=ends["detail"].str.split().str[0]).pivot(index="method", columns="weights", values="value")
     early = record[(record["metric"] == "FD-pixels") & (record["detail"] == "EMA weights, training step 60; 3 seeds")]
