@@ -392,15 +392,18 @@ def test_the_calmer_half_is_kept_on_either_side_of_the_split(tmp_path):
         assert torch.equal(kept, all_of_it[all_of_it.float().flatten(1).std(1) < 20]), "calm ones, on the side where they were"
 
 
-def test_pictures_on_a_white_ground_are_told_by_their_rim(tmp_path):
+def test_pictures_on_a_white_ground_are_told_by_their_rim(tmp_path, capsys):
     folder = tmp_path / "mnist"
     folder.mkdir()
-    for k in range(60):  # rims of 239 and 240 in turns
+    for k in range(80):  # rims of 239 and 240 in turns
         Image.fromarray(np.pad(np.full((26, 26), k, np.uint8), 1, constant_values=239 + k % 2)).save(folder / f"{k:02d}.png")
     whole, white = (train.training_images("mnist", tmp_path, replace(train.RECIPES["mnist"], white=w)) for w in (0, 240))
-    assert [len(part) for part in whole] == [48, 12]
+    assert [len(part) for part in whole] == [64, 16]
     for kept, all_of_it in zip(white, whole, strict=True):
         assert torch.equal(kept, all_of_it[all_of_it[:, 0, 0, 0] == 240]), "white ones, on the side where they were"
+    of_none = train.training_images("mnist", tmp_path, replace(train.RECIPES["mnist"], white=241))
+    assert all(map(torch.equal, of_none, whole)), "where too few are white, all are used"
+    assert "mnist: 0 of 80 images stand on a white ground" in capsys.readouterr().err
 
 
 def test_rows_are_kept_and_held_out_as_the_recipe_says(tmp_path):
