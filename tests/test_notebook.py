@@ -255,6 +255,10 @@ def test_the_record_bears_its_statements_out(record):
     paired = paired.assign(steps=paired["steps"].astype(int)).sort_values("steps")["value"]
     assert paired.is_monotonic_decreasing, "DDIM's images approach their limit"
     assert of("steps_enough", eta="0.0")["value"] == 10, "no gain of DDIM can be shown after the first"
+    for eta, variance in (("0.5", "small"), ("1.0", "small"), ("1.0", "large")):
+        assert of("steps_enough", eta=eta, variance=variance)["value"] > 10, "more steps help every sampler with fresh noise"
+    alone, guided = (of("caption_retrieval_top1", method="DDIM", detail=f"seen captions, w = {w}") for w in (1, 4))
+    assert alone["high"] < guided["low"], "guidance raises the share that is recognised"
 
 
 def test_the_prose_of_exercise_1_and_of_stability_follows_the_record(record):
